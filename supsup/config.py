@@ -1,0 +1,386 @@
+"""What a run is: frozen configuration, the recipes that fill it, and its training fingerprint.
+
+Every field has a rule and a line of help; the command line is made from them. A recipe is a
+function that returns a configuration.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from supsup.errors import ConfigError
+
+MAX_TASKS = 10_000_000
+DATASETS = ("digits", "mnist", "fashion-mnist")
+Scenario = Literal["gg", "gns", "gnu"]
+Method = Literal["h-shortlist", "h-one-shot", "g-shortlist", "g-one-shot"]
+OBJECTIVES = ("h", "g")
+ALGORITHMS = ("shortlist", "one-shot")
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _setting(help_text: str, **rule: Any) -> Any:
+    return Field(description=help_text, **rule)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    """The network whose fixed random weights all masks share."""
+
+    name: Annotated[
+        Literal["lenet-300-100", "fc-1024-1024"],
+        _setting("hidden layers of the fixed network"),
+    ] = "lenet-300-100"
+    output_size: Annotated[
+        int,
+        _setting(
+            "output neurons s; those beyond the classes are superfluous and sharpen task inference",
+            ge=1,
+            le=100_000,
+        ),
+    ] = 100
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """How the mask of one task is trained: RMSprop on the scores, straight through the mask."""
+
+    batches: Annotated[int, _setting("training batches per task", ge=1, le=10_000_000)] = 1000
+    batch_size: Annotated[int, _setting("images per batch", ge=1, le=65_536)] = 128
+    learning_rate: Annotated[float, _setting("RMSprop's rate at the first batch", gt=0, le=1e3)] = (
+        5e-4
+    )
+    schedule: Annotated[
+        Literal["constant", "linear"],
+        _setting("learning rate over the batches of a task: constant, or linear down to 0"),
+    ] = "linear"
+    alpha: Annotated[float, _setting("RMSprop's smoothing constant", ge=0, lt=1)] = 0.99
+    epsilon: Annotated[float, _setting("RMSprop's epsilon", gt=0, le=1)] = 1e-8
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"],
+        _setting("operands of the matrix products (scores are always fp32); auto: bf16 if native"),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], _setting("where blocks are trained; auto: GPUs if any")
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvalConfig:
+    """How a bank is evaluated. Nothing here shapes the masks."""
+
+    methods: Annotated[
+        tuple[Method, ...],
+        _setting("task inference, objective-algorithm, comma-separated; the first is the headline"),
+    ] = ("h-shortlist", "h-one-shot", "g-one-shot")
+    batch: Annotated[int, _setting("images that one task decision looks at", ge=1, le=65_536)] = 1
+    group: Annotated[
+        int,
+        _setting(
+            "images that share a decision, made from the first eval.batch of them; 0: as many",
+            ge=0,
+            le=65_536,
+        ),
+    ] = 0
+    images: Annotated[
+        int, _setting("test images per task, drawn by seed; 0: the whole test set", ge=0)
+    ] = 200
+    shortlist: Annotated[
+        int, _setting("masks that the shortlist algorithm runs per decision", ge=1, le=4096)
+    ] = 16
+    at: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=MAX_TASKS)], ...],
+        _setting("numbers of tasks learned to evaluate at, comma-separated; none: a spread"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods is empty, must name at least one objective-algorithm")
+        if self.group and self.group < self.batch:
+            raise ValueError(
+                f"group is {self.group}, must be 0 or at least batch, which is {self.batch}"
+            )
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
+        object.__setattr__(self, "at", tuple(sorted(set(self.at))))
+
+    @property
+    def group_size(self) -> int:
+        """Images that share one decision."""
+        return self.group or self.batch
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """One experiment: tasks, network, training and evaluation."""
+
+    tasks: Annotated[int, _setting("tasks to learn", ge=1, le=MAX_TASKS)] = 50
+    scenario: Annotated[
+        Scenario,
+        _setting(
+            "gg: task given at inference; gns: inferred, labels shared; gnu: inferred, not shared"
+        ),
+    ] = "gnu"
+    dataset: Annotated[
+        str, _setting("digits, mnist, fashion-mnist, or images:DIR with train/ and test/ in it")
+    ] = "mnist"
+    image_size: Annotated[
+        int, _setting("side in pixels that images:DIR is resized to", ge=1, le=512)
+    ] = 32
+    seed: Annotated[int, _setting("root of every random stream", ge=0, lt=2**64)] = 0
+    block_size: Annotated[
+        int, _setting("tasks per block, the unit of work and of commit", ge=1, le=10_000)
+    ] = 10
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS and not re.fullmatch(r"images:[^\x00-\x1f]+", self.dataset):
+            near = _near(self.dataset, DATASETS)
+            raise ValueError(
+                f"dataset is {self.dataset!r}, must be one of {', '.join(DATASETS)} "
+                f"or images:DIR{near}"
+            )
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+
+def permuted_digits() -> RunConfig:
+    """SupSup on permuted 8x8 digits: embedded data, about a minute on a laptop."""
+    return RunConfig(
+        tasks=100,
+        dataset="digits",
+        model=ModelConfig(output_size=100),
+        train=TrainConfig(batches=300, learning_rate=2e-3),
+    )
+
+
+def permuted_mnist() -> RunConfig:
+    """SupSup on PermutedMNIST with LeNet-300-100, s = 100."""
+    return RunConfig(tasks=50, dataset="mnist", model=ModelConfig(output_size=100))
+
+
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {
+    "permuted-digits": permuted_digits,
+    "permuted-mnist": permuted_mnist,
+}
+
+#: Values that a protocol fixes, by dotted field. "paper": Section 4.2 and Appendix C.
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "train.batches": 1000,
+        "train.batch_size": 128,
+        "train.learning_rate": 1e-4,
+        "train.schedule": "constant",
+        "train.alpha": 0.99,
+        "train.epsilon": 1e-8,
+        "eval.methods": ("h-one-shot", "g-one-shot"),
+        "eval.batch": 1,
+        "eval.group": 128,
+        "eval.images": 0,
+    },
+}
+
+
+# --- values in and out -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldInfo:
+    """One configurable value: where it is, what it means, what it may be."""
+
+    path: str
+    help: str
+    choices: tuple[str, ...]
+    is_list: bool
+
+
+def config_fields() -> tuple[FieldInfo, ...]:
+    """Return every configurable field of a run, nested ones by dotted path."""
+    return tuple(_walk_fields(RunConfig, ""))
+
+
+def _walk_fields(cls: type, prefix: str) -> Iterable[FieldInfo]:
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _walk_fields(typing.cast(type, hint), f"{prefix}{name}.")
+            continue
+        value_type, *notes = typing.get_args(hint)
+        item = typing.get_args(value_type)[0] if _is_tuple(value_type) else value_type
+        yield FieldInfo(
+            path=prefix + name,
+            help=notes[0].description,
+            choices=typing.get_args(item) if typing.get_origin(item) is Literal else (),
+            is_list=_is_tuple(value_type),
+        )
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and not isinstance(hint, types.UnionType)
+
+
+def get_field(config: RunConfig, path: str) -> Any:
+    """Return the value at a dotted path, such as ``train.learning_rate``."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with the values at dotted paths replaced and checked.
+
+    Strings are parsed to the field's type; lists may be comma-separated strings.
+
+    Raises:
+        ConfigError: naming the first field that breaks its rule.
+    """
+    tree = to_dict(config)
+    lists = {info.path for info in config_fields() if info.is_list}
+    for path, given in values.items():
+        value = given
+        if path in lists and isinstance(value, str):
+            value = [item.strip() for item in value.split(",") if item.strip()]
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return from_dict(tree)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain values, fit for JSON."""
+    return typing.cast(dict[str, Any], _ADAPTER.dump_python(config, mode="json"))
+
+
+def from_dict(tree: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration that ``to_dict`` wrote.
+
+    Raises:
+        ConfigError: naming the first field that is unknown or breaks its rule.
+    """
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error.errors()[0])) from None
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+
+_RULES = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be greater than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "finite_number": "must be a finite number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of reasonable size",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+}
+
+
+def _one_line(error: ErrorDetails) -> str:
+    """Say value, rule and remedy of one failed check."""
+    path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    known = [info.path for info in config_fields()]
+    context = error.get("ctx", {})
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown field {path}{_near(path, known)}"
+    if error["type"] == "value_error":
+        prefix = f"{path}." if path else ""
+        return prefix + str(context["error"])
+    value = _shown(error["input"])
+    if error["type"] == "literal_error":
+        choices = next((info.choices for info in config_fields() if info.path == path), ())
+        near = _near(str(error["input"]), choices)
+        return f"{path} is {value}, must be one of {', '.join(choices)}{near}"
+    rule = _RULES.get(error["type"], error["msg"]).format(**context)
+    return f"{path} is {value}, {rule}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+.\w]+", value):
+        text = value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# --- identity --------------------------------------------------------------------------------
+
+
+def resolve(config: RunConfig, *, device: str, native_bf16: bool) -> RunConfig:
+    """Return the configuration with ``auto`` replaced by what the workers are.
+
+    Args:
+        config: as the user gave it.
+        device: what ``auto`` means here, "cpu" or "cuda".
+        native_bf16: whether that device multiplies bf16 in hardware.
+    """
+    values: dict[str, Any] = {}
+    if config.train.device == "auto":
+        values["train.device"] = device
+    if config.train.precision == "auto":
+        values["train.precision"] = "bf16" if native_bf16 else "fp32"
+    return with_values(config, values)
+
+
+def training_fields(config: RunConfig) -> dict[str, Any]:
+    """Return everything that shapes the masks and nothing else, by dotted field.
+
+    The number of tasks is not among them: a bank of 50 tasks is the beginning of one of 100.
+    Neither is ``block_size``: blocks of any size give the same masks (a test holds that).
+    """
+    fields = {"family": "permuted", "dataset": config.dataset, "seed": config.seed}
+    if config.dataset.startswith("images:"):
+        fields |= {"dataset": "images", "image_size": config.image_size}
+    for group in ("model", "train"):
+        values = dataclasses.asdict(getattr(config, group))
+        fields |= {f"{group}.{name}": value for name, value in values.items()}
+    return fields
+
+
+def fingerprint(config: RunConfig, dataset_sha256: str) -> str:
+    """Return the training fingerprint, 64 hex digits: equal if and only if the masks are.
+
+    Raises:
+        ValueError: if precision or device is still ``auto``.
+    """
+    if "auto" in (config.train.precision, config.train.device):
+        raise ValueError("resolve the configuration before taking its fingerprint")
+    identity = training_fields(config) | {"dataset_sha256": dataset_sha256}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoints(config: RunConfig) -> tuple[int, ...]:
+    """Return the numbers of tasks learned at which the run is evaluated, the last one included.
+
+    Without ``eval.at``: 1, 2.5 and 5 times the powers of ten from 10 on, below the task count.
+    """
+    if config.eval.at:
+        return tuple(k for k in config.eval.at if k < config.tasks) + (config.tasks,)
+    powers = range(1, int(math.log10(config.tasks)) + 1)
+    spread = (round(step * 10**power) for power in powers for step in (1, 2.5, 5))
+    return tuple(sorted({k for k in spread if k < config.tasks} | {config.tasks}))

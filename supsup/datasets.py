@@ -1,0 +1,181 @@
+"""Data sets as plain arrays, checked and hashed when they are loaded.
+
+Shapes: N images, P pixels (channels, rows and columns flattened).
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+
+from supsup.errors import DataError
+from supsup.seeding import generator
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Training and test images. Pixels enter the network as ``(x / scale - mean) / std``."""
+
+    name: str
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    classes: int
+    scale: float
+    mean: float
+    std: float
+    sha256: str
+
+    @property
+    def pixels(self) -> int:
+        """Pixels per image."""
+        return int(self.train_images.shape[1])
+
+
+def default_data_dir() -> Path:
+    """Return ``$SUPSUP_DATA``, else the user's cache folder."""
+    named = os.environ.get("SUPSUP_DATA")
+    return Path(named) if named else platformdirs.user_cache_path("supsup") / "data"
+
+
+def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
+    """Load ``digits``, ``mnist``, ``fashion-mnist`` or ``images:DIR``.
+
+    Raises:
+        DataError: if it is missing or not what it should be; says which files to put where.
+    """
+    if name == "digits":
+        return _digits()
+    if name.startswith("images:"):
+        return _image_folder(Path(name.removeprefix("images:")), image_size)
+    return _mnist(name, data_dir)
+
+
+def _dataset(
+    name: str,
+    train: tuple[Images, Labels],
+    test: tuple[Images, Labels],
+    classes: int,
+    scale: float = 255.0,
+    statistics: tuple[float, float] | None = None,
+) -> Dataset:
+    for part, (images, labels) in {"train": train, "test": test}.items():
+        if len(images) == 0:
+            raise DataError(f"{name}: the {part} set has no images; give at least one")
+        if len(images) != len(labels):
+            raise DataError(
+                f"{name}: the {part} set has {len(images)} images and {len(labels)} labels, "
+                "must be as many of each; fetch the files again"
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"{name}: {part} labels go from {labels.min()} to {labels.max()}, "
+                f"must lie in 0..{classes - 1}; fetch the files again"
+            )
+    if statistics is None:
+        pixels = train[0].astype(np.float64) / scale
+        statistics = float(pixels.mean()), float(pixels.std()) or 1.0
+    digest = hashlib.sha256()
+    for array in (*train, *test):
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return Dataset(
+        name=name,
+        train_images=train[0],
+        train_labels=train[1],
+        test_images=test[0],
+        test_labels=test[1],
+        classes=classes,
+        scale=scale,
+        mean=statistics[0],
+        std=statistics[1],
+        sha256=digest.hexdigest(),
+    )
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 1797 real digits of 8x8 pixels; a fixed fifth of them is the test set."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = bunch.data.astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    order = generator(0, "digits split").permutation(len(images))
+    test, train = order[:360], order[360:]
+    return _dataset(
+        "digits", (images[train], labels[train]), (images[test], labels[test]), 10, scale=16.0
+    )
+
+
+#: torchvision's class and the statistics that the paper's code normalises with.
+_MNISTS = {
+    "mnist": ("MNIST", (0.1307, 0.3081)),
+    "fashion-mnist": ("FashionMNIST", (0.2860, 0.3530)),
+}
+
+
+def _mnist(name: str, data_dir: Path) -> Dataset:
+    import torchvision
+
+    class_name, statistics = _MNISTS[name]
+    raw = data_dir / class_name / "raw"
+    files = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    files += "t10k-labels-idx1-ubyte (or the same with .gz)"
+    cls = getattr(torchvision.datasets, class_name)
+    parts = []
+    try:
+        for train in (True, False):
+            part = cls(str(data_dir), train=train, download=True)
+            parts.append((part.data.numpy(), part.targets.numpy().astype(np.int64)))
+    # What torchvision raises for a bad file depends on where the file is bad.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DataError(
+            f"{name} can't be loaded from {data_dir} ({reason}); put {files} into {raw}"
+        ) from None
+    for images, _ in parts:
+        if images.ndim != 3 or images.shape[1:] != (28, 28):
+            raise DataError(
+                f"{name}: images in {raw} have shape {images.shape}, must be N x 28 x 28; "
+                f"put {files} there"
+            )
+    flat = [(images.reshape(len(images), -1), labels) for images, labels in parts]
+    return _dataset(name, flat[0], flat[1], 10, statistics=statistics)
+
+
+def _image_folder(folder: Path, image_size: int) -> Dataset:
+    import torchvision
+
+    def resized(path: str) -> Images:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            picture = image.convert("RGB").resize((image_size, image_size))
+        return np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1).reshape(-1)
+
+    parts, classes = [], []
+    for part in ("train", "test"):
+        try:
+            found = torchvision.datasets.ImageFolder(str(folder / part), loader=resized)
+            images = np.stack([found.loader(path) for path, _ in found.samples])
+        # PIL and torchvision have no common type for an unreadable file.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise DataError(
+                f"images:{folder} can't be read ({reason}); it must hold train/ and test/ with a "
+                "folder of images per class"
+            ) from None
+        parts.append((images, np.array(found.targets, dtype=np.int64)))
+        classes.append(found.classes)
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise DataError(f"images:{folder}: class {odd[0]} is only in one of train/ and test/")
+    return _dataset("images", parts[0], parts[1], len(classes[0]))

@@ -1,0 +1,25 @@
+"""Errors, told apart by who can mend them."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: value, rule, remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration value breaks its rule."""
+
+
+class DataError(UserError):
+    """A data set is missing, unreadable or not what it should be."""
+
+
+class BankError(UserError):
+    """A mask bank is missing, damaged, locked, or belongs to another configuration."""
+
+
+class DeterminismFault(RuntimeError):
+    """The same task gave different masks in two trainings; the results can't be trusted."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged: the loss of a task became NaN or infinite."""
