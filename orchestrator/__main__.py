@@ -1,0 +1,5 @@
+"""``python -m orchestrator`` is ``supsup``."""
+
+from orchestrator.cli import main
+
+main()

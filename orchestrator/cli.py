@@ -1,0 +1,458 @@
+"""The command line. Heavy modules are imported when a command runs, so that help is quick."""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import supsup
+from supsup.config import (
+    ALGORITHMS,
+    OBJECTIVES,
+    PROTOCOLS,
+    RECIPES,
+    FieldInfo,
+    RunConfig,
+    config_fields,
+    get_field,
+    with_values,
+)
+from supsup.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from orchestrator.runfolder import Launch
+    from orchestrator.session import Outcome, Where
+
+MAX_WORKERS = 4096
+_INTERRUPTED, _TERMINATED = 130, 143
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+#: Short names of often used fields.
+_ALIASES = {
+    "model.name": "--model",
+    "eval.batch": "--batch",
+    "eval.at": "--at",
+}
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def _dashes(token: str) -> str:
+    return token.replace("_", "-") if token.startswith("-") else token
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _defaults(info: FieldInfo) -> str:
+    """Return a field's default, by recipe where recipes differ."""
+    values = {name: _shown(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return "; ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def _field_option(info: FieldInfo) -> Callable[[Any], Any]:
+    names = [f"--{info.path}", info.path.replace(".", "__")]
+    if info.path in _ALIASES:
+        names.insert(0, _ALIASES[info.path])
+    choices = f" ({', '.join(info.choices)})" if info.choices else ""
+    return click.option(
+        *names, metavar="VALUE", help=f"{info.help}{choices}  [{_defaults(info)}]"
+    )
+
+
+def _field_options(prefixes: tuple[str, ...]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for info in reversed(config_fields()):
+            if info.path.startswith(prefixes):
+                command = _field_option(info)(command)
+        return command
+
+    return decorate
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+_runs_dir = click.option(
+    "--runs-dir",
+    metavar="DIR",
+    envvar="SUPSUP_RUNS",
+    default="runs",
+    show_default=True,
+    help="folder of all runs, and of the MLflow store beside them",
+)
+_data_dir = click.option(
+    "--data-dir", metavar="DIR", help="folder of the data sets  [$SUPSUP_DATA, else a cache folder]"
+)
+_tracking_uri = click.option(
+    "--tracking-uri", metavar="URI", help="MLflow server or store  [SQLite in the runs folder]"
+)
+_worker_options = _options(
+    click.option(
+        "--workers",
+        metavar="N",
+        type=click.IntRange(1, MAX_WORKERS),
+        help="Ray workers  [the GPUs, else the cores]",
+    ),
+    click.option(
+        "--address",
+        metavar="RAY",
+        help="running Ray cluster, such as auto  [starts one on this machine]",
+    ),
+)
+_method_options = _options(
+    click.option("--objective", type=click.Choice(OBJECTIVES), help="evaluate by H or by G alone"),
+    click.option(
+        "--algorithm", type=click.Choice(ALGORITHMS), help="evaluate by one algorithm alone"
+    ),
+)
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that were given, by dotted path."""
+    return {
+        name.replace("__", "."): value for name, value in fields.items() if value is not None
+    }
+
+
+def _methods(config: RunConfig, objective: str | None, algorithm: str | None) -> dict[str, str]:
+    """Narrow the methods to one objective or algorithm."""
+    if objective is None and algorithm is None:
+        return {}
+    matching = [
+        method
+        for method in config.eval.methods
+        if objective in (None, method.partition("-")[0])
+        and algorithm in (None, method.partition("-")[2])
+    ]
+    only = f"{objective or 'h'}-{algorithm or 'one-shot'}"
+    return {"eval.methods": ",".join(matching or [only])}
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"max_content_width": 110, "token_normalize_func": _dashes})
+@click.version_option(supsup.__version__)
+def cli() -> None:
+    """Run SupSup (Supermasks in Superposition) on a laptop or a Ray cluster."""
+    # Runs, tokens and databases are the user's alone.
+    os.umask(0o077)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@cli.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--name", help="name of the run  [recipe and fingerprint]")
+@click.option(
+    "--protocol",
+    type=click.Choice(list(PROTOCOLS)),
+    default="default",
+    show_default=True,
+    help="paper: train and decide exactly as the paper says",
+)
+@_method_options
+@_worker_options
+@_runs_dir
+@_data_dir
+@_tracking_uri
+@_field_options(("",))
+def run(
+    recipe: str,
+    name: str | None,
+    protocol: str,
+    objective: str | None,
+    algorithm: str | None,
+    workers: int | None,
+    address: str | None,
+    runs_dir: str,
+    data_dir: str | None,
+    tracking_uri: str | None,
+    **fields: str | None,
+) -> None:
+    """Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
+
+    \b
+    Recipes:
+      permuted-digits   scikit-learn's 8x8 digits; needs no download
+      permuted-mnist    PermutedMNIST with LeNet-300-100
+
+    A run with the same training settings as an existing one continues it: asking for 100 tasks
+    after 50 trains the other 50.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}, must be one of {', '.join(RECIPES)}")
+    config = with_values(RECIPES[recipe](), {**PROTOCOLS[protocol], **_given(fields)})
+    config = with_values(config, _methods(config, objective, algorithm))
+    launch = _launch(recipe, config, data_dir, tracking_uri)
+    _run(_where(runs_dir, workers, address), launch, name)
+
+
+@cli.command()
+@click.argument("name", metavar="RUN")
+@_worker_options
+@_runs_dir
+@_data_dir
+@_tracking_uri
+def resume(
+    name: str,
+    workers: int | None,
+    address: str | None,
+    runs_dir: str,
+    data_dir: str | None,
+    tracking_uri: str | None,
+) -> None:
+    """Go on where a RUN stopped, whatever stopped it."""
+    import dataclasses
+
+    from orchestrator.runfolder import RunFolder
+
+    launch = RunFolder(Path(runs_dir), name).read_launch()
+    launch = dataclasses.replace(
+        launch,
+        data_dir=_absolute(data_dir) or launch.data_dir,
+        tracking_uri=tracking_uri or launch.tracking_uri,
+    )
+    _run(_where(runs_dir, workers, address), launch, name)
+
+
+@cli.command("eval")
+@click.argument("name", metavar="RUN")
+@_method_options
+@click.option("--scenario", metavar="VALUE", help="gns or gnu  [the run's]")
+@_worker_options
+@_runs_dir
+@_data_dir
+@_tracking_uri
+@_field_options(("eval.",))
+def evaluate(
+    name: str,
+    objective: str | None,
+    algorithm: str | None,
+    workers: int | None,
+    address: str | None,
+    runs_dir: str,
+    data_dir: str | None,
+    tracking_uri: str | None,
+    **fields: str | None,
+) -> None:
+    """Evaluate the masks of a RUN again, without training. Settings not given are the run's."""
+    from orchestrator import session
+    from orchestrator.progress import reporter
+    from orchestrator.runfolder import RunFolder
+
+    where = _where(runs_dir, workers, address)
+    launch = RunFolder(where.runs_dir, name).read_launch()
+    given = _given(fields)
+    config = with_values(launch.config, given)
+    settings = given | _methods(config, objective, algorithm)
+    with _stopping_cleanly(None), reporter() as report:
+        outcome = session.evaluate(
+            where, name, settings, _absolute(data_dir), tracking_uri, report
+        )
+    _finish(outcome, runs_dir)
+
+
+@cli.group()
+def bank() -> None:
+    """Look into the mask bank of a run."""
+
+
+@bank.command("info")
+@click.argument("name", metavar="RUN")
+@_runs_dir
+def bank_info(name: str, runs_dir: str) -> None:
+    """Say what the bank of a RUN holds."""
+    from orchestrator.blocks import learned_prefix
+
+    opened = _open_bank(runs_dir, name)
+    manifest, config = opened.manifest, opened.manifest.config
+    blocks = opened.blocks()
+    tasks = sum(len(tasks) for tasks, _ in blocks)
+    shapes = ", ".join(f"{x.name} {x.outputs}x{x.inputs}" for x in manifest.layers)
+    lines = {
+        "bank": opened.path,
+        "tasks": f"{tasks} in {len(blocks)} blocks, "
+        f"{learned_prefix(tasks for tasks, _ in blocks)} from task 0 on without a gap",
+        "size": f"{opened.size():,} bytes, {manifest.mask_bytes:,} per mask",
+        "model": f"{config.model.name}: {shapes}",
+        "data set": f"{config.dataset}, SHA-256 {manifest.dataset_sha256[:16]}",
+        "seed": config.seed,
+        "weights": f"SHA-256 {manifest.weights_sha256[:16]}",
+        "trained": f"{config.train.batches} batches of {config.train.batch_size}, rate "
+        f"{config.train.learning_rate:g} {config.train.schedule}, {config.train.precision} "
+        f"on {manifest.device}",
+        "versions": ", ".join(f"{name} {v}" for name, v in manifest.versions.items()),
+        "fingerprint": manifest.fingerprint,
+    }
+    for key, value in lines.items():
+        click.echo(f"{key:12} {value}")
+
+
+@bank.command("verify")
+@click.argument("name", metavar="RUN")
+@_runs_dir
+def bank_verify(name: str, runs_dir: str) -> None:
+    """Read every mask of a RUN, check it, and print the SHA-256 over all masks."""
+    from orchestrator.blocks import learned_prefix
+    from orchestrator.progress import reporter
+
+    opened = _open_bank(runs_dir, name)
+    damaged = []
+    with reporter() as report:
+        report.start("tasks read", sum(len(tasks) for tasks, _ in opened.blocks()))
+        for tasks, damage in opened.verify():
+            report.advance("tasks read", len(tasks))
+            damaged += [damage] if damage else []
+    for damage in damaged:
+        click.echo(f"damaged: {damage}")
+    if damaged:
+        click.echo(f"the other tasks are readable; repair with: {_again('resume', name, runs_dir)}")
+        sys.exit(1)
+    learned = learned_prefix(tasks for tasks, _ in opened.blocks())
+    if learned:
+        click.echo(f"{learned} tasks, SHA-256 of their masks {opened.sha256(learned)}")
+    else:
+        click.echo("no tasks yet")
+
+
+@cli.command()
+@_runs_dir
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(runs_dir: str, port: int) -> None:
+    """Open the MLflow page on the store of the runs folder (this machine alone can see it)."""
+    from orchestrator.ui import serve
+
+    serve(Path(runs_dir), port)
+
+
+# --- what the commands share -----------------------------------------------------------------
+
+
+def _where(runs_dir: str, workers: int | None, address: str | None) -> "Where":
+    from orchestrator.session import Where
+
+    return Where(runs_dir=Path(runs_dir), workers=workers, address=address)
+
+
+def _absolute(data_dir: str | None) -> str | None:
+    """Return the folder in a form that a later resume understands from anywhere."""
+    return str(Path(data_dir).absolute()) if data_dir else None
+
+
+def _launch(
+    recipe: str, config: RunConfig, data_dir: str | None, tracking_uri: str | None
+) -> "Launch":
+    from orchestrator.runfolder import Launch
+
+    return Launch(
+        recipe=recipe,
+        config=config,
+        data_dir=_absolute(data_dir) or "",
+        tracking_uri=tracking_uri,
+    )
+
+
+def _run(where: "Where", launch: "Launch", name: str | None) -> None:
+    from orchestrator import session
+    from orchestrator.progress import reporter
+
+    with _stopping_cleanly(name), reporter() as report:
+        outcome = session.run(where, launch, name, report)
+    _finish(outcome, str(where.runs_dir))
+
+
+def _finish(outcome: "Outcome", runs_dir: str) -> None:
+    """Show what came out; exit with 1 if something failed."""
+    from rich.console import Console
+
+    from orchestrator.report import table
+
+    if outcome.results:
+        Console(highlight=False).print(table(outcome.results))
+    trained = f"{outcome.trained} tasks trained now, " if outcome.trained else ""
+    click.echo(f"{trained}{outcome.learned} learned, {outcome.seconds:.0f} s in all")
+    for path in outcome.files:
+        if path.suffix == ".png":
+            click.echo(f"picture     {path}")
+    click.echo(f"mask bank   {outcome.folder.path} ({outcome.bank_bytes / 1e6:.1f} MB)")
+    click.echo(f"results     {_again('ui', '', runs_dir)}")
+    if not outcome.delivered:
+        click.echo(
+            "MLflow has not got all records; they are kept, and delivered by: "
+            + _again("resume", outcome.folder.name, runs_dir),
+            err=True,
+        )
+    if outcome.failures:
+        for text in outcome.failures:
+            click.echo(text, err=True)
+        click.echo(f"try again: {_again('resume', outcome.folder.name, runs_dir)}", err=True)
+        sys.exit(1)
+
+
+def _again(command: str, name: str, runs_dir: str) -> str:
+    words = ["supsup", command, name] if name else ["supsup", command]
+    return " ".join(words if runs_dir == "runs" else [*words, "--runs-dir", runs_dir])
+
+
+def _open_bank(runs_dir: str, name: str) -> Any:
+    from orchestrator.runfolder import RunFolder
+    from supsup.bank import Bank
+
+    folder = RunFolder(Path(runs_dir), name)
+    if not folder.path.is_dir():
+        raise UserError(f"there is no run {name} in {runs_dir}")
+    return Bank.open(folder.path)
+
+
+class _stopping_cleanly:
+    """Turn SIGTERM into an orderly end, and say how to go on."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt or kind is SystemExit:
+            go_on = f"supsup resume {self._name}" if self._name else "the same command"
+            click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
+            if kind is KeyboardInterrupt:
+                sys.exit(_INTERRUPTED)
+
+
+def main() -> None:
+    """Run the command line; errors of the user are one line and exit status 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+
+
+def _fail(message: str) -> None:
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message.replace("\n", " "))
+    click.echo(f"supsup: {shown}", err=True)
+    sys.exit(2)

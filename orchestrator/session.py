@@ -1,0 +1,345 @@
+"""One command's work from start to end: check, connect, lock, work, report.
+
+Everything that a user can get wrong is checked before anything is written.
+"""
+
+import dataclasses
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator import report
+from orchestrator.blocks import learned_prefix
+from orchestrator.cluster import Cluster, check_device, connect, put_data
+from orchestrator.coordinator import EVALUATION_TASKS, RunJobs
+from orchestrator.pool import WorkerPool
+from orchestrator.progress import Reporter
+from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
+from orchestrator.tracking import Store, Tracker, store_for
+from orchestrator.worker import WorkerSetup
+from supsup.bank import Bank, Manifest, locked, make_manifest
+from supsup.config import (
+    RunConfig,
+    checkpoints,
+    config_fields,
+    get_field,
+    resolve,
+    training_fields,
+    with_values,
+)
+from supsup.datasets import Dataset, default_data_dir, load_dataset
+from supsup.errors import ConfigError, UserError
+from supsup.inference import check_methods
+from supsup.train import layers_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a command finds runs and workers."""
+
+    runs_dir: Path
+    workers: int | None
+    address: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command achieved."""
+
+    folder: RunFolder
+    results: report.Results | None
+    failures: list[str]
+    learned: int
+    trained: int
+    seconds: float
+    first_block_seconds: float | None
+    bank_bytes: int
+    files: list[Path]
+    store: Store
+    delivered: bool
+
+
+def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> Outcome:
+    """Train what is missing of a run and evaluate it.
+
+    Args:
+        where: the runs folder and the workers.
+        launch: what to do.
+        name: the run's name; None continues the run with the same fingerprint, if there is one.
+        reporter: where progress goes.
+
+    Raises:
+        UserError: if something is asked that can't be done; nothing is written then.
+    """
+    started = time.time()
+    check_runs_dir(where.runs_dir)
+    store = store_for(launch.tracking_uri, where.runs_dir)
+    config = launch.config
+    if name is not None:
+        config = _like_existing(config, RunFolder(where.runs_dir, name))
+    data = _load(config, launch.data_dir)
+    with connect(where.address, where.workers, config.train.device) as cluster:
+        check_device(config.train.device, cluster.machine)
+        machine = cluster.machine
+        config = resolve(config, device=machine.device, native_bf16=machine.native_bf16)
+        manifest = make_manifest(config, data)
+        folder = _folder(where.runs_dir, name, launch.recipe, manifest)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with locked(folder.path):
+            bank = _open_or_create(folder, manifest)
+            launch = dataclasses.replace(launch, identity=folder.identity() or launch.identity)
+            folder.write_launch(launch)
+            task = _Task(cluster, config, checkpoints(config), data, bank, folder, reporter)
+            return task.work(store, launch, folder.path / "report", started)
+
+
+def evaluate(
+    where: Where,
+    name: str,
+    settings: Mapping[str, Any],
+    data_dir: str | None,
+    tracking_uri: str | None,
+    reporter: Reporter,
+) -> Outcome:
+    """Evaluate a run's bank again, without training.
+
+    Args:
+        where: the runs folder and the workers.
+        name: the run.
+        settings: fields of the evaluation that differ from the run's, by dotted path.
+        data_dir: where the data is; None: where the run found it.
+        tracking_uri: where the MLflow run is; None: where the run put it.
+        reporter: where progress goes.
+
+    Raises:
+        UserError: if there is no such run, or more tasks are asked for than it learned.
+    """
+    started = time.time()
+    folder = RunFolder(where.runs_dir, name)
+    launch = folder.read_launch()
+    launch = dataclasses.replace(
+        launch,
+        data_dir=data_dir or launch.data_dir,
+        tracking_uri=tracking_uri or launch.tracking_uri,
+    )
+    store = store_for(launch.tracking_uri, where.runs_dir)
+    bank = Bank.open(folder.path)
+    config = with_values(
+        dataclasses.replace(bank.manifest.config, eval=launch.config.eval),
+        {"scenario": launch.config.scenario, "eval.at": (), **settings},
+    )
+    learned = learned_prefix(tasks for tasks, _ in bank.blocks())
+    at = config.eval.at or checkpoints(dataclasses.replace(config, tasks=max(learned, 1)))
+    if at[-1] > learned:
+        raise ConfigError(
+            f"eval.at is {at[-1]}, must be at most {learned}, the tasks that {name} has learned; "
+            f"train more with supsup run {launch.recipe} --name {name} --tasks {at[-1]}"
+        )
+    config = dataclasses.replace(config, tasks=at[-1])
+    data = _load(config, launch.data_dir)
+    if data.sha256 != bank.manifest.dataset_sha256:
+        raise UserError(f"the data set is not the one that {name} was trained on; see --data-dir")
+    with (
+        connect(where.address, where.workers, config.train.device) as cluster,
+        locked(folder.path),
+    ):
+        labels = [report.label(method, config.eval) for method in config.eval.methods]
+        task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
+        return task.work(store, launch, folder.path / "report" / "+".join(labels), started)
+
+
+class _Task:
+    """The work of one command on a locked bank."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: RunConfig,
+        at: tuple[int, ...],
+        data: Dataset,
+        bank: Bank,
+        folder: RunFolder,
+        reporter: Reporter,
+        train: bool = True,
+    ) -> None:
+        self._cluster, self._config, self._at, self._data = cluster, config, at, data
+        self._bank, self._folder, self._reporter, self._train = bank, folder, reporter, train
+
+    def work(self, store: Store, launch: Launch, report_dir: Path, started: float) -> Outcome:
+        self._bank.discard_leftovers()
+        with _tracking(self._folder, store, launch) as tracking:
+            if self._train:
+                tracking.tracker.begin(*self._description())
+            jobs = RunJobs(
+                config=self._config,
+                checkpoints=self._at,
+                bank=self._bank,
+                folder=self._folder,
+                tracker=tracking.tracker,
+                reporter=self._reporter,
+                put=ray.put,
+                train=self._train,
+            )
+            self._run_pool(jobs)
+            results = jobs.results(self._folder.name, self._config.dataset)
+            files = report.write(results, report_dir) if results else []
+            for path in files:
+                tracking.tracker.artifact(path)
+            tracking.status = "FAILED" if jobs.failures else "FINISHED"
+        first = jobs.first_block_at
+        return Outcome(
+            folder=self._folder,
+            results=results,
+            failures=jobs.failures,
+            learned=jobs.learned,
+            trained=jobs.trained,
+            seconds=time.time() - started,
+            first_block_seconds=first - started if first else None,
+            bank_bytes=self._bank.size(),
+            files=files,
+            store=store,
+            delivered=tracking.delivered,
+        )
+
+    def _run_pool(self, jobs: RunJobs) -> None:
+        config = self._config
+        blocks = -(-config.tasks // config.block_size)
+        most = blocks + sum(-(-k // EVALUATION_TASKS) for k in self._at)
+        setup = WorkerSetup(config=config, weights_sha256=self._bank.manifest.weights_sha256)
+        data = put_data(self._data)
+        pool = WorkerPool(
+            lambda: self._cluster.start_worker(setup, data), min(self._cluster.workers, most)
+        )
+        try:
+            pool.run(jobs)
+        finally:
+            pool.close()
+
+    def _description(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the parameters, which never change, and the tags of the MLflow run."""
+        params = training_fields(self._config)
+        manifest = self._bank.manifest
+        tags = {
+            info.path: str(get_field(self._config, info.path))
+            for info in config_fields()
+            if info.path not in params
+        }
+        tags |= {f"version.{name}": version for name, version in manifest.versions.items()}
+        tags |= {
+            "fingerprint": manifest.fingerprint,
+            "dataset_sha256": manifest.dataset_sha256,
+            "device": manifest.device,
+            "bank": str(self._bank.path.resolve()),
+            "workers": str(self._cluster.workers),
+            "mlflow.source.git.commit": _git_commit(),
+            "mlflow.note.content": _note(self._config),
+        }
+        return params, {key: value for key, value in tags.items() if value}
+
+
+class _Tracking:
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.status = "FAILED"
+        self.delivered = False
+
+
+@contextmanager
+def _tracking(folder: RunFolder, store: Store, launch: Launch) -> Iterator[_Tracking]:
+    """Track a run; however it ends, its MLflow run ends with it."""
+    tracking = _Tracking(Tracker(folder.path, store, folder.name, launch.identity))
+    try:
+        yield tracking
+    except (KeyboardInterrupt, SystemExit):
+        tracking.status = "KILLED"
+        raise
+    finally:
+        tracking.delivered = tracking.tracker.close(tracking.status)
+
+
+def _load(config: RunConfig, data_dir: str) -> Dataset:
+    folder = Path(data_dir) if data_dir else default_data_dir()
+    data = load_dataset(config.dataset, folder, config.image_size)
+    layers_of(config, data)
+    if config.scenario != "gg":
+        check_methods(config.eval.methods, config.model.output_size, data.classes)
+    return data
+
+
+def _like_existing(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Let ``auto`` mean what it meant when the bank was begun."""
+    if not folder.has_bank:
+        return config
+    train = Bank.open(folder.path).manifest.config.train
+    return resolve(config, device=train.device, native_bf16=train.precision == "bf16")
+
+
+def _folder(runs_dir: Path, name: str | None, recipe: str, manifest: Manifest) -> RunFolder:
+    if name is None:
+        name = find_run(runs_dir, manifest.fingerprint) or f"{recipe}-{manifest.fingerprint[:8]}"
+    folder = RunFolder(runs_dir, name)
+    if not folder.has_bank:
+        return folder
+    existing = Bank.open(folder.path).manifest
+    if existing.fingerprint != manifest.fingerprint:
+        raise ConfigError(
+            f"run {name} exists and was trained differently ({_differences(existing, manifest)}); "
+            "choose another --name, or none"
+        )
+    return folder
+
+
+def _differences(old: Manifest, new: Manifest) -> str:
+    before, after = training_fields(old.config), training_fields(new.config)
+    changed = [
+        f"{key} {before.get(key)} there, {after.get(key)} here"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+    if old.dataset_sha256 != new.dataset_sha256:
+        changed.append("the data set's content")
+    return ", ".join(changed)
+
+
+def _open_or_create(folder: RunFolder, manifest: Manifest) -> Bank:
+    if not folder.has_bank:
+        return Bank.create(folder.path, manifest)
+    bank = Bank.open(folder.path)
+    if bank.manifest.weights_sha256 != manifest.weights_sha256:
+        raise UserError(
+            f"the weights generated here are not those of {folder.name}: the random generator "
+            "changed; use the versions in its manifest.json"
+        )
+    return bank
+
+
+def _git_commit() -> str:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def _note(config: RunConfig) -> str:
+    """Return the text that MLflow shows above a run, for a reader who was told nothing."""
+    scenario = {
+        "gg": "task given at inference",
+        "gns": "task inferred, labels shared between tasks",
+        "gnu": "task inferred, labels not shared: a wrong task is a wrong answer",
+    }[config.scenario]
+    return (
+        f"**SupSup** on permuted {config.dataset}: {config.tasks} tasks, one binary mask each "
+        f"over fixed random weights. Scenario {config.scenario} ({scenario}).\n\n"
+        "The step of every metric is the number of tasks learned. `gg/accuracy` is the upper "
+        "bound: the right mask is given. `*/task_accuracy/*` is how often task inference finds "
+        "the right mask. Artifacts: `accuracy.png` (the curve), `accuracy.csv`, `per_task.csv`."
+    )

@@ -1,0 +1,76 @@
+"""The worker: trains blocks and evaluates tasks. An ordinary class; Ray wraps it in one line."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+
+from supsup.config import EvalConfig, RunConfig
+from supsup.datasets import Dataset
+from supsup.evaluate import Evaluation, Evaluator
+from supsup.models import fixed_weights, weights_sha256
+from supsup.train import BlockTrainer, TrainedBlock, layers_of
+
+#: Threads of a worker. One: matrix products of this size gain nothing from sharing cores.
+THREADS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What a worker is told once. The weights are not sent: their seed is in ``config``."""
+
+    config: RunConfig
+    weights_sha256: str
+
+
+class TaskWorker:
+    """Trains and evaluates tasks of one run. Holds nothing that matters if it dies."""
+
+    def __init__(self, setup: WorkerSetup, data: Dataset) -> None:
+        """Keep the arguments; the work starts with the first call, where errors have a block."""
+        self._setup, self._data = setup, data
+        torch.set_num_threads(THREADS)
+
+    def train(self, tasks: range) -> TrainedBlock:
+        """Train a block of tasks.
+
+        Raises:
+            RuntimeError: if this machine generates other weights than the bank's.
+        """
+        return self._trainer.train(tasks)
+
+    def evaluate(
+        self, evaluation: EvalConfig, masks_TB: npt.NDArray[np.uint8], learned: int, tasks: range
+    ) -> Evaluation:
+        """Evaluate some tasks among the first ``learned`` masks."""
+        return self._evaluator.evaluate(evaluation, masks_TB, learned, tasks)
+
+    def pid(self) -> int:
+        """Return the process id, once the worker is up."""
+        return os.getpid()
+
+    @cached_property
+    def _trainer(self) -> BlockTrainer:
+        self._check_weights()
+        return BlockTrainer(self._setup.config, self._data)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        self._check_weights()
+        return Evaluator(self._setup.config, self._data)
+
+    def _check_weights(self) -> None:
+        config = self._setup.config
+        found = weights_sha256(fixed_weights(config.seed, layers_of(config, self._data)))
+        if found != self._setup.weights_sha256:
+            raise RuntimeError(
+                f"the weights generated here (SHA-256 {found[:12]}) are not the bank's "
+                f"({self._setup.weights_sha256[:12]}); give every node the locked versions"
+            )
+
+
+RemoteTaskWorker = ray.remote(TaskWorker)

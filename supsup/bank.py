@@ -1,0 +1,439 @@
+"""The mask bank: a directory that holds a run's masks, readable while it grows.
+
+``manifest.json``, written once, says what the bank is; ``blocks/`` holds one safetensors file
+per block of tasks. The directory is the index. A block is committed by linking a synced
+temporary file to its final name, so every state on disk is "absent" or "complete"; a block is
+never overwritten. See docs/bank.md for the format.
+
+Shapes: T tasks, B bytes of a packed mask.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+import torch
+
+import supsup
+from supsup.config import RunConfig, fingerprint, from_dict, to_dict
+from supsup.datasets import Dataset
+from supsup.errors import BankError, DeterminismFault
+from supsup.files import publish, sync_folder, write_atomically
+from supsup.masking import BIT_ORDER, layer_slices, mask_bytes, padding_is_zero
+from supsup.models import Layer, fixed_weights, weights_sha256
+from supsup.train import TrainedBlock, layers_of
+
+FORMAT_VERSION = 1
+_BLOCK_NAME = re.compile(r"tasks-(\d{9})-(\d{9})\.safetensors")
+_ROW_TENSORS = {"masks": np.uint8, "gg_correct": np.int64, "loss": np.float32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bank is: everything that its masks depend on, and how they are laid out."""
+
+    format_version: int
+    fingerprint: str
+    config: RunConfig
+    layers: tuple[Layer, ...]
+    classes: int
+    test_images: int
+    weights_sha256: str
+    dataset_sha256: str
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of one packed mask."""
+        return mask_bytes(self.layers)
+
+
+def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
+    """Describe the bank that a resolved configuration and a data set lead to."""
+    layers = layers_of(config, data)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint(config, data.sha256),
+        config=config,
+        layers=layers,
+        classes=data.classes,
+        test_images=len(data.test_images),
+        weights_sha256=weights_sha256(fixed_weights(config.seed, layers)),
+        dataset_sha256=data.sha256,
+        versions={
+            "supsup": supsup.__version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        device=_device_name(config.train.device),
+    )
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu {platform.machine()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """A block that can't be trusted, and why."""
+
+    path: Path
+    tasks: range
+    reason: str
+
+    def __str__(self) -> str:
+        return f"tasks {self.tasks.start} to {self.tasks[-1]} ({self.path.name}): {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a bank holds of some adjoining tasks."""
+
+    masks: npt.NDArray[np.uint8]
+    gg_correct: npt.NDArray[np.int64]
+    loss: npt.NDArray[np.float32]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a bank, or the folder that it will be in, for writing.
+
+    Raises:
+        BankError: if another process holds it; names its pid and host.
+    """
+    lock = filelock.FileLock(path / "lock", blocking=False, mode=0o600)
+    holder = path / "lock-holder.json"
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BankError(f"{path} is in use by {_holder(holder)}; wait for it or stop it") from None
+    except OSError as error:
+        raise BankError(f"{path} can't be locked: {error.strerror}") from None
+    try:
+        who = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_atomically(holder, json.dumps(who).encode())
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_bytes())
+        return f"process {who['pid']} on {who['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+class Bank:
+    """A mask bank on disk. Reading needs no lock; committing does: see ``locked``."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use ``Bank.create`` or ``Bank.open``."""
+        self.path = path
+        self.manifest = manifest
+        self._blocks = path / "blocks"
+
+    # --- making and opening ------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest) -> "Bank":
+        """Create an empty bank.
+
+        Raises:
+            BankError: if there is one already.
+        """
+        (path / "blocks").mkdir(parents=True, exist_ok=True)
+        if not publish(path / "manifest.json", _dump_manifest(manifest)):
+            raise BankError(f"{path} has a bank already")
+        sync_folder(path.parent)
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: Path) -> "Bank":
+        """Open an existing bank.
+
+        Raises:
+            BankError: if there is none, or its manifest is damaged or from a later version.
+        """
+        file = path / "manifest.json"
+        try:
+            text = file.read_bytes()
+        except FileNotFoundError:
+            raise BankError(f"{path} is no mask bank: it has no manifest.json") from None
+        except OSError as error:
+            raise BankError(f"{file} can't be read: {error.strerror}") from None
+        return cls(path, _parse_manifest(file, text))
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Say whether there is a bank, damaged or not."""
+        return (path / "manifest.json").exists()
+
+    # --- writing -----------------------------------------------------------------------------
+
+    def commit(self, block: TrainedBlock) -> Path:
+        """Store a block. When this returns, it survives a power cut.
+
+        A block that is there already with equal bytes is a retry that arrived twice.
+
+        Raises:
+            DeterminismFault: if it is there already with other bytes.
+            BankError: if the block doesn't fit this bank, or the disk fails.
+        """
+        tasks = range(block.first, block.first + len(block.masks))
+        rows = Rows(masks=block.masks, gg_correct=block.gg_correct, loss=block.loss)
+        problem = self._misfit(rows)
+        if problem:
+            raise BankError(f"block of task {block.first} doesn't fit {self.path}: {problem}")
+        path = self._blocks / f"tasks-{tasks.start:09d}-{tasks[-1]:09d}.safetensors"
+        content = self._encode(tasks, rows)
+        try:
+            new = publish(path, content)
+        except OSError as error:
+            raise BankError(
+                f"{path} can't be written: {error.strerror}; the blocks before it are safe, "
+                "mend the disk and run supsup resume"
+            ) from error
+        if not new and path.read_bytes() != content:
+            raise DeterminismFault(
+                f"{path} exists and differs from what was trained now for the same tasks; "
+                "versions or hardware changed under this bank, start another with --name"
+            )
+        return path
+
+    def discard_leftovers(self) -> None:
+        """Remove temporary files that a killed writer left. Hold the lock."""
+        for path in self._blocks.glob(".*.tmp"):
+            path.unlink()
+
+    def set_aside(self, damage: Damage) -> Path:
+        """Move a damaged block out of the way, so that its tasks count as missing."""
+        folder = self.path / "damaged"
+        folder.mkdir(exist_ok=True)
+        number = sum(1 for _ in folder.iterdir())
+        target = folder / f"{number:04d}-{damage.path.name}"
+        damage.path.rename(target)
+        sync_folder(self._blocks)
+        return target
+
+    # --- reading -----------------------------------------------------------------------------
+
+    def blocks(self) -> list[tuple[range, Path]]:
+        """Return the blocks on disk in task order, unread.
+
+        Raises:
+            BankError: if two blocks hold the same task.
+        """
+        found = []
+        for path in self._blocks.iterdir():
+            name = _BLOCK_NAME.fullmatch(path.name)
+            if name:
+                found.append((range(int(name[1]), int(name[2]) + 1), path))
+        found.sort(key=lambda item: item[0].start)
+        for (before, first), (after, second) in zip(found, found[1:], strict=False):
+            if after.start < before.stop:
+                raise BankError(
+                    f"task {after.start} is in both {first.name} and {second.name}; "
+                    "remove one of them"
+                )
+        return found
+
+    def verify(self) -> Iterator[tuple[range, Damage | None]]:
+        """Read every block in full; yield its tasks and what is wrong with it, if anything."""
+        for tasks, path in self.blocks():
+            yield tasks, self._damage(tasks, path)
+
+    def intact(self) -> tuple[list[range], list[Damage]]:
+        """Return the tasks of the blocks that can be trusted, and the blocks that can't."""
+        verdicts = list(self.verify())
+        good = [tasks for tasks, damage in verdicts if damage is None]
+        return good, [damage for _, damage in verdicts if damage is not None]
+
+    def read(self, tasks: range) -> Rows:
+        """Return the rows of some tasks, checked. Reads those tasks' bytes alone.
+
+        Raises:
+            BankError: if a task is missing or damaged; names it.
+        """
+        parts = []
+        expected = tasks.start
+        for block, path in self.blocks():
+            wanted = range(max(block.start, tasks.start), min(block.stop, tasks.stop))
+            if not wanted:
+                continue
+            if wanted.start != expected:
+                break
+            parts.append(self._read_block(block, path, wanted))
+            expected = wanted.stop
+        if expected != tasks.stop:
+            raise BankError(
+                f"{self.path} lacks task {expected}; train it with supsup resume {self.path.name}"
+            )
+        return Rows(
+            masks=np.concatenate([part.masks for part in parts]),
+            gg_correct=np.concatenate([part.gg_correct for part in parts]),
+            loss=np.concatenate([part.loss for part in parts]),
+        )
+
+    def sha256(self, tasks: int) -> str:
+        """Return the SHA-256 over the masks of the first tasks, in task order."""
+        digest = hashlib.sha256()
+        expected = 0
+        for block, path in self.blocks():
+            wanted = range(block.start, min(block.stop, tasks))
+            if wanted and wanted.start == expected:
+                digest.update(self._read_block(block, path, wanted).masks)
+                expected = wanted.stop
+        if expected != tasks:
+            raise BankError(f"{self.path} lacks task {expected}; it has no SHA-256 of {tasks}")
+        return digest.hexdigest()
+
+    def size(self) -> int:
+        """Return the bytes of all blocks on disk."""
+        return sum(path.stat().st_size for _, path in self.blocks())
+
+    # --- one block ---------------------------------------------------------------------------
+
+    def _misfit(self, rows: Rows) -> str | None:
+        manifest = self.manifest
+        count = len(rows.masks)
+        shapes = {"masks": (count, manifest.mask_bytes), "gg_correct": (count,), "loss": (count,)}
+        for name, shape in shapes.items():
+            array = getattr(rows, name)
+            if array.shape != shape or array.dtype != _ROW_TENSORS[name] or not count:
+                return f"{name} is {array.dtype} {array.shape}, must be {_ROW_TENSORS[name]} {shape}"
+        if not padding_is_zero(rows.masks, manifest.layers):
+            return "there are bits set behind the last weight of a layer"
+        if rows.gg_correct.min() < 0 or rows.gg_correct.max() > manifest.test_images:
+            return f"gg_correct must lie in 0..{manifest.test_images}"
+        return None
+
+    def _encode(self, tasks: range, rows: Rows) -> bytes:
+        # One metadata key: safetensors doesn't promise an order for several.
+        header = {"bank": self.manifest.fingerprint, "first": tasks.start, "last": tasks[-1]}
+        tensors = {
+            **{name: np.ascontiguousarray(getattr(rows, name)) for name in _ROW_TENSORS},
+            "crc32": _crc32(rows),
+        }
+        return safetensors.numpy.save(tensors, metadata={"supsup": json.dumps(header)})
+
+    def _read_block(self, block: range, path: Path, wanted: range) -> Rows:
+        """Read some tasks of a block through a memory map.
+
+        Raises:
+            BankError: naming the block, if it can't be trusted.
+        """
+        local = slice(wanted.start - block.start, wanted.stop - block.start)
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {}).get("supsup", "{}"))
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                rows = Rows(**{name: file.get_slice(name)[local] for name in _ROW_TENSORS})
+                crc32 = file.get_slice("crc32")[local]
+        except (safetensors.SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise BankError(self._damaged(block, path, f"unreadable ({reason})")) from None
+        expected = {"bank": self.manifest.fingerprint, "first": block.start, "last": block[-1]}
+        if header != expected:
+            problem = f"its header says {header}, not {expected}"
+        elif {shape[0] for shape in shapes.values()} != {len(block)}:
+            problem = f"it doesn't hold {len(block)} tasks"
+        else:
+            problem = self._misfit(rows) or _crc_problem(rows, crc32, wanted) or ""
+        if problem:
+            raise BankError(self._damaged(block, path, problem))
+        return rows
+
+    def _damage(self, block: range, path: Path) -> Damage | None:
+        try:
+            self._read_block(block, path, block)
+        except BankError as error:
+            return Damage(path, block, str(error).rpartition(" is damaged: ")[2])
+        return None
+
+    def _damaged(self, block: range, path: Path, reason: str) -> str:
+        return f"{path.name} (tasks {block.start} to {block[-1]}) is damaged: {reason}"
+
+
+def _crc32(rows: Rows) -> npt.NDArray[np.int64]:
+    """Return a CRC-32 per task over everything that the block holds of it."""
+    return np.array(
+        [
+            zlib.crc32(loss.tobytes(), zlib.crc32(correct.tobytes(), zlib.crc32(mask)))
+            for mask, correct, loss in zip(rows.masks, rows.gg_correct, rows.loss, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def _crc_problem(rows: Rows, crc32: npt.NDArray[np.int64], tasks: range) -> str | None:
+    bad = np.flatnonzero(_crc32(rows) != crc32)
+    if not len(bad):
+        return None
+    return "checksum of task " + ", ".join(str(tasks[int(i)]) for i in bad) + " doesn't match"
+
+
+# --- the manifest ----------------------------------------------------------------------------
+
+
+def _dump_manifest(manifest: Manifest) -> bytes:
+    body: dict[str, Any] = {
+        **{
+            field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)
+        },
+        "config": to_dict(manifest.config),
+        "layers": _layer_table(manifest.layers),
+        "mask_bytes": manifest.mask_bytes,
+        "bit_order": BIT_ORDER,
+    }
+    return json.dumps({**body, "sha256": _checksum(body)}, indent=1).encode()
+
+
+def _layer_table(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    return [
+        {**dataclasses.asdict(layer), "first_byte": part.start, "bytes": layer.mask_bytes}
+        for layer, part in layer_slices(layers)
+    ]
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _parse_manifest(file: Path, text: bytes) -> Manifest:
+    try:
+        body = json.loads(text)
+        stored = body.pop("sha256")
+        version = body["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BankError(f"{file} is damaged: it is no manifest") from None
+    if version != FORMAT_VERSION:
+        raise BankError(
+            f"{file} has format version {version}, this supsup reads {FORMAT_VERSION}; "
+            "use the supsup that wrote it"
+        )
+    if stored != _checksum(body):
+        raise BankError(f"{file} is damaged: its checksum doesn't match")
+    layers = [Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]]
+    names = [field.name for field in dataclasses.fields(Manifest)]
+    values = {name: body[name] for name in names}
+    return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})
