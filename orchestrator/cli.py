@@ -32,8 +32,10 @@ MAX_WORKERS = 4096
 _INTERRUPTED, _TERMINATED = 130, 143
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 #: Short names of often used fields.
@@ -64,13 +66,11 @@ def _defaults(info: FieldInfo) -> str:
 
 
 def _field_option(info: FieldInfo) -> Callable[[Any], Any]:
-    names = [f"--{info.path}", info.path.replace(".", "__")]
+    names = [f"--{info.path.replace('_', '-')}", info.path.replace(".", "__")]
     if info.path in _ALIASES:
         names.insert(0, _ALIASES[info.path])
     choices = f" ({', '.join(info.choices)})" if info.choices else ""
-    return click.option(
-        *names, metavar="VALUE", help=f"{info.help}{choices}  [{_defaults(info)}]"
-    )
+    return click.option(*names, metavar="VALUE", help=f"{info.help}{choices}  [{_defaults(info)}]")
 
 
 def _field_options(prefixes: tuple[str, ...]) -> Callable[[Any], Any]:
@@ -124,9 +124,7 @@ _method_options = _options(
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that were given, by dotted path."""
-    return {
-        name.replace("__", "."): value for name, value in fields.items() if value is not None
-    }
+    return {name.replace("__", "."): value for name, value in fields.items() if value is not None}
 
 
 def _methods(config: RunConfig, objective: str | None, algorithm: str | None) -> dict[str, str]:
@@ -262,9 +260,7 @@ def evaluate(
     config = with_values(launch.config, given)
     settings = given | _methods(config, objective, algorithm)
     with _stopping_cleanly(None), reporter() as report:
-        outcome = session.evaluate(
-            where, name, settings, _absolute(data_dir), tracking_uri, report
-        )
+        outcome = session.evaluate(where, name, settings, _absolute(data_dir), tracking_uri, report)
     _finish(outcome, runs_dir)
 
 
@@ -386,7 +382,9 @@ def _finish(outcome: "Outcome", runs_dir: str) -> None:
     if outcome.results:
         Console(highlight=False).print(table(outcome.results))
     trained = f"{outcome.trained} tasks trained now, " if outcome.trained else ""
-    click.echo(f"{trained}{outcome.learned} learned, {outcome.seconds:.0f} s in all")
+    first = outcome.first_block_seconds
+    after = f" (first block after {first:.0f} s)" if first else ""
+    click.echo(f"{trained}{outcome.learned} learned, {outcome.seconds:.0f} s in all{after}")
     for path in outcome.files:
         if path.suffix == ".png":
             click.echo(f"picture     {path}")

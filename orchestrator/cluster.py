@@ -84,8 +84,9 @@ def put_data(data: Dataset) -> Any:
 @contextlib.contextmanager
 def _embedded(workers: int | None) -> Iterator[None]:
     """Run a private cluster whose files vanish with it."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        # A token of its own; Ray would leave one in the home folder.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folder = Path(tempfile.mkdtemp(prefix="supsup-"))
     cores = len(os.sched_getaffinity(0))
     try:

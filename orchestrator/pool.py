@@ -16,7 +16,6 @@ from ray.exceptions import RayError, RayTaskError
 MAX_RETRIES = {"died": 3, "raised": 1}
 #: Deaths of workers in a row, without a finished job between them, after which the pool gives up.
 MAX_DEATHS_IN_A_ROW = 12
-_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,6 @@ class JobSource(Protocol):
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Take notice of a failure that will be tried again."""
-
-    def tick(self) -> None:
-        """Do what is to be done now and then."""
 
 
 class PoolBroken(RuntimeError):
@@ -108,10 +104,9 @@ class WorkerPool:
                 state.running[getattr(worker, job.method).remote(*job.args)] = job, worker
             if not state.running:
                 return
-            ready, _ = ray.wait(list(state.running), timeout=_WAIT_SECONDS)
+            ready, _ = ray.wait(list(state.running))
             for reference in ready:
                 self._collect(source, reference)
-            source.tick()
 
     def close(self) -> None:
         """Stop the actors."""

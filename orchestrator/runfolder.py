@@ -1,10 +1,10 @@
 """The folder of a run: its name, what was asked for, its evaluations, and its bank.
 
-    runs/NAME/  launch.json       what was asked for; rewritten when more is asked
-                manifest.json     the bank's (supsup.bank), with blocks/ and damaged/
-                evaluations/      one JSON file per checkpoint and evaluation setting
-                records.jsonl     what tracking has to deliver (orchestrator.tracking)
-                report/           table, per-task table and picture
+runs/NAME/  launch.json       what was asked for; rewritten when more is asked
+            manifest.json     the bank's (supsup.bank), with blocks/ and damaged/
+            evaluations/      one JSON file per checkpoint and evaluation setting
+            records.jsonl     what tracking has to deliver (orchestrator.tracking)
+            report/           table, per-task table and picture
 """
 
 import dataclasses

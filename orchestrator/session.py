@@ -84,6 +84,7 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     if name is not None:
         config = _like_existing(config, RunFolder(where.runs_dir, name))
     data = _load(config, launch.data_dir)
+    reporter.note("starting Ray" if where.address is None else f"connecting to {where.address}")
     with connect(where.address, where.workers, config.train.device) as cluster:
         check_device(config.train.device, cluster.machine)
         machine = cluster.machine
@@ -172,6 +173,11 @@ class _Task:
         self._bank, self._folder, self._reporter, self._train = bank, folder, reporter, train
 
     def work(self, store: Store, launch: Launch, report_dir: Path, started: float) -> Outcome:
+        train = self._config.train
+        self._reporter.note(
+            f"run {self._folder.name}: {self._config.tasks} tasks on {self._cluster.workers} "
+            f"workers ({train.device}, {train.precision})"
+        )
         self._bank.discard_leftovers()
         with _tracking(self._folder, store, launch) as tracking:
             if self._train:

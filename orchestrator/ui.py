@@ -30,7 +30,9 @@ def serve(runs_dir: Path, port: int) -> None:
         "MLFLOW_BACKEND_STORE_URI": store.uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    hosts = ",".join(f"{host}{end}" for host in ("localhost", "127.0.0.1") for end in ("", f":{port}"))
+    hosts = ",".join(
+        f"{host}{end}" for host in ("localhost", "127.0.0.1") for end in ("", f":{port}")
+    )
     print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     subprocess.run(  # noqa: S603
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]

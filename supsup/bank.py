@@ -320,7 +320,9 @@ class Bank:
         for name, shape in shapes.items():
             array = getattr(rows, name)
             if array.shape != shape or array.dtype != _ROW_TENSORS[name] or not count:
-                return f"{name} is {array.dtype} {array.shape}, must be {_ROW_TENSORS[name]} {shape}"
+                return (
+                    f"{name} is {array.dtype} {array.shape}, must be {_ROW_TENSORS[name]} {shape}"
+                )
         if not padding_is_zero(rows.masks, manifest.layers):
             return "there are bits set behind the last weight of a layer"
         if rows.gg_correct.min() < 0 or rows.gg_correct.max() > manifest.test_images:
@@ -397,9 +399,7 @@ def _crc_problem(rows: Rows, crc32: npt.NDArray[np.int64], tasks: range) -> str 
 
 def _dump_manifest(manifest: Manifest) -> bytes:
     body: dict[str, Any] = {
-        **{
-            field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)
-        },
+        **{field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)},
         "config": to_dict(manifest.config),
         "layers": _layer_table(manifest.layers),
         "mask_bytes": manifest.mask_bytes,
@@ -433,7 +433,9 @@ def _parse_manifest(file: Path, text: bytes) -> Manifest:
         )
     if stored != _checksum(body):
         raise BankError(f"{file} is damaged: its checksum doesn't match")
-    layers = [Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]]
+    layers = [
+        Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]
+    ]
     names = [field.name for field in dataclasses.fields(Manifest)]
     values = {name: body[name] for name in names}
     return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})

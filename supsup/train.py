@@ -72,8 +72,7 @@ def batch_indices(root: int, images: int, batch: int, batches: int) -> npt.NDArr
     """Return the images [batches, B] of every batch: epochs in fresh orders, end to end."""
     needed = batch * batches
     epochs = [
-        generator(root, "order", epoch).permutation(images)
-        for epoch in range(-(-needed // images))
+        generator(root, "order", epoch).permutation(images) for epoch in range(-(-needed // images))
     ]
     return np.concatenate(epochs)[:needed].reshape(batches, batch)
 
