@@ -9,7 +9,7 @@ def remaining(tasks: int, block_size: int, done: Iterable[range]) -> list[range]
     Blocks lie on a fixed grid of ``block_size``; one that is partly done is cut down to what is
     missing, so no task is trained twice.
     """
-    blocks = []
+    blocks: list[range] = []
     start = 0
     for block in [*sorted(done, key=lambda b: b.start), range(tasks, tasks)]:
         blocks += split(range(start, min(block.start, tasks)), block_size)

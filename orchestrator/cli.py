@@ -1,34 +1,22 @@
 """The command line. Heavy modules are imported when a command runs, so that help is quick."""
 
-import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import supsup
-from supsup.config import (
-    ALGORITHMS,
-    OBJECTIVES,
-    PROTOCOLS,
-    RECIPES,
-    FieldInfo,
-    RunConfig,
-    config_fields,
-    get_field,
-    with_values,
-)
+from orchestrator import options
+from supsup.config import PROTOCOLS, RECIPES, RunConfig, with_values
 from supsup.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from orchestrator.runfolder import Launch
     from orchestrator.session import Outcome, Where
 
-MAX_WORKERS = 4096
 _INTERRUPTED, _TERMINATED = 130, 143
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,113 +26,12 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-#: Short names of often used fields.
-_ALIASES = {
-    "model.name": "--model",
-    "eval.batch": "--batch",
-    "eval.at": "--at",
-}
-
-
-# --- options ---------------------------------------------------------------------------------
-
-
-def _dashes(token: str) -> str:
-    return token.replace("_", "-") if token.startswith("-") else token
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
-def _defaults(info: FieldInfo) -> str:
-    """Return a field's default, by recipe where recipes differ."""
-    values = {name: _shown(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    return "; ".join(f"{name}: {value}" for name, value in values.items())
-
-
-def _field_option(info: FieldInfo) -> Callable[[Any], Any]:
-    names = [f"--{info.path.replace('_', '-')}", info.path.replace(".", "__")]
-    if info.path in _ALIASES:
-        names.insert(0, _ALIASES[info.path])
-    choices = f" ({', '.join(info.choices)})" if info.choices else ""
-    return click.option(*names, metavar="VALUE", help=f"{info.help}{choices}  [{_defaults(info)}]")
-
-
-def _field_options(prefixes: tuple[str, ...]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for info in reversed(config_fields()):
-            if info.path.startswith(prefixes):
-                command = _field_option(info)(command)
-        return command
-
-    return decorate
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
-
-_runs_dir = click.option(
-    "--runs-dir",
-    metavar="DIR",
-    envvar="SUPSUP_RUNS",
-    default="runs",
-    show_default=True,
-    help="folder of all runs, and of the MLflow store beside them",
-)
-_data_dir = click.option(
-    "--data-dir", metavar="DIR", help="folder of the data sets  [$SUPSUP_DATA, else a cache folder]"
-)
-_tracking_uri = click.option(
-    "--tracking-uri", metavar="URI", help="MLflow server or store  [SQLite in the runs folder]"
-)
-_worker_options = _options(
-    click.option(
-        "--workers",
-        metavar="N",
-        type=click.IntRange(1, MAX_WORKERS),
-        help="Ray workers  [the GPUs, else the cores]",
-    ),
-    click.option(
-        "--address",
-        metavar="RAY",
-        help="running Ray cluster, such as auto  [starts one on this machine]",
-    ),
-)
-_method_options = _options(
-    click.option("--objective", type=click.Choice(OBJECTIVES), help="evaluate by H or by G alone"),
-    click.option(
-        "--algorithm", type=click.Choice(ALGORITHMS), help="evaluate by one algorithm alone"
-    ),
-)
-
-
-def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that were given, by dotted path."""
-    return {name.replace("__", "."): value for name, value in fields.items() if value is not None}
-
-
-def _methods(config: RunConfig, objective: str | None, algorithm: str | None) -> dict[str, str]:
-    """Narrow the methods to one objective or algorithm."""
-    if objective is None and algorithm is None:
-        return {}
-    matching = [
-        method
-        for method in config.eval.methods
-        if objective in (None, method.partition("-")[0])
-        and algorithm in (None, method.partition("-")[2])
-    ]
-    only = f"{objective or 'h'}-{algorithm or 'one-shot'}"
-    return {"eval.methods": ",".join(matching or [only])}
 
 
 # --- commands --------------------------------------------------------------------------------
 
 
-@click.group(context_settings={"max_content_width": 110, "token_normalize_func": _dashes})
+@click.group(context_settings={"max_content_width": 110, "token_normalize_func": options.dashes})
 @click.version_option(supsup.__version__)
 def cli() -> None:
     """Run SupSup (Supermasks in Superposition) on a laptop or a Ray cluster."""
@@ -164,12 +51,12 @@ def cli() -> None:
     show_default=True,
     help="paper: train and decide exactly as the paper says",
 )
-@_method_options
-@_worker_options
-@_runs_dir
-@_data_dir
-@_tracking_uri
-@_field_options(("",))
+@options.method_options
+@options.worker_options
+@options.runs_dir
+@options.data_dir
+@options.tracking_uri
+@options.field_options(("",))
 def run(
     recipe: str,
     name: str | None,
@@ -183,7 +70,7 @@ def run(
     tracking_uri: str | None,
     **fields: str | None,
 ) -> None:
-    """Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
+    r"""Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
 
     \b
     Recipes:
@@ -195,18 +82,18 @@ def run(
     """
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}, must be one of {', '.join(RECIPES)}")
-    config = with_values(RECIPES[recipe](), {**PROTOCOLS[protocol], **_given(fields)})
-    config = with_values(config, _methods(config, objective, algorithm))
+    config = with_values(RECIPES[recipe](), {**PROTOCOLS[protocol], **options.given(fields)})
+    config = with_values(config, options.methods(config, objective, algorithm))
     launch = _launch(recipe, config, data_dir, tracking_uri)
     _run(_where(runs_dir, workers, address), launch, name)
 
 
 @cli.command()
 @click.argument("name", metavar="RUN")
-@_worker_options
-@_runs_dir
-@_data_dir
-@_tracking_uri
+@options.worker_options
+@options.runs_dir
+@options.data_dir
+@options.tracking_uri
 def resume(
     name: str,
     workers: int | None,
@@ -231,13 +118,13 @@ def resume(
 
 @cli.command("eval")
 @click.argument("name", metavar="RUN")
-@_method_options
+@options.method_options
 @click.option("--scenario", metavar="VALUE", help="gns or gnu  [the run's]")
-@_worker_options
-@_runs_dir
-@_data_dir
-@_tracking_uri
-@_field_options(("eval.",))
+@options.worker_options
+@options.runs_dir
+@options.data_dir
+@options.tracking_uri
+@options.field_options(("eval.",))
 def evaluate(
     name: str,
     objective: str | None,
@@ -256,10 +143,10 @@ def evaluate(
 
     where = _where(runs_dir, workers, address)
     launch = RunFolder(where.runs_dir, name).read_launch()
-    given = _given(fields)
+    given = options.given(fields)
     config = with_values(launch.config, given)
-    settings = given | _methods(config, objective, algorithm)
-    with _stopping_cleanly(None), reporter() as report:
+    settings = given | options.methods(config, objective, algorithm)
+    with _StoppingCleanly(None), reporter() as report:
         outcome = session.evaluate(where, name, settings, _absolute(data_dir), tracking_uri, report)
     _finish(outcome, runs_dir)
 
@@ -271,7 +158,7 @@ def bank() -> None:
 
 @bank.command("info")
 @click.argument("name", metavar="RUN")
-@_runs_dir
+@options.runs_dir
 def bank_info(name: str, runs_dir: str) -> None:
     """Say what the bank of a RUN holds."""
     from orchestrator.blocks import learned_prefix
@@ -302,7 +189,7 @@ def bank_info(name: str, runs_dir: str) -> None:
 
 @bank.command("verify")
 @click.argument("name", metavar="RUN")
-@_runs_dir
+@options.runs_dir
 def bank_verify(name: str, runs_dir: str) -> None:
     """Read every mask of a RUN, check it, and print the SHA-256 over all masks."""
     from orchestrator.blocks import learned_prefix
@@ -328,7 +215,7 @@ def bank_verify(name: str, runs_dir: str) -> None:
 
 
 @cli.command()
-@_runs_dir
+@options.runs_dir
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(runs_dir: str, port: int) -> None:
     """Open the MLflow page on the store of the runs folder (this machine alone can see it)."""
@@ -368,7 +255,7 @@ def _run(where: "Where", launch: "Launch", name: str | None) -> None:
     from orchestrator import session
     from orchestrator.progress import reporter
 
-    with _stopping_cleanly(name), reporter() as report:
+    with _StoppingCleanly(name), reporter() as report:
         outcome = session.run(where, launch, name, report)
     _finish(outcome, str(where.runs_dir))
 
@@ -418,7 +305,7 @@ def _open_bank(runs_dir: str, name: str) -> Any:
     return Bank.open(folder.path)
 
 
-class _stopping_cleanly:
+class _StoppingCleanly:
     """Turn SIGTERM into an orderly end, and say how to go on."""
 
     def __init__(self, name: str | None) -> None:

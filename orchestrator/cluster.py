@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
-from supsup.errors import ConfigError, UserError
+from supsup.errors import ConfigError, UserError, one_line
 from supsup.train import native_bf16
 
 
@@ -61,7 +61,7 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
         UserError: if there is no such cluster, or it lacks what the workers need.
     """
     with _embedded(workers) if address is None else _running(address):
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         machine = this_machine() if address is None else _probe(gpus)
         if device != "auto":
@@ -109,10 +109,9 @@ def _running(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"no Ray cluster at {address!r} ({reason}); start one with ray start --head, or "
-            "leave --address out"
+            f"no Ray cluster at {address!r} ({one_line(error)}); start one with "
+            "ray start --head, or leave --address out"
         ) from None
     try:
         yield

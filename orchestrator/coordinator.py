@@ -7,7 +7,7 @@ workers between the blocks of the tasks that follow.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,6 +81,7 @@ class RunJobs:
         self._finished: dict[int, Checkpoint] = {}
         self._masks: Any = None
         self._worker_seconds = 0.0
+        self._warned: set[str] = set()
         missing = sum(len(block) for block in self._todo)
         reporter.start(_TRAINED, config.tasks, config.tasks - missing)
         if config.scenario != "gg":
@@ -122,7 +123,8 @@ class RunJobs:
     def done(self, job: Job, result: Any) -> None:
         """Commit a block, or add up an evaluation."""
         if job.method == "train":
-            self._commit(result)
+            self._warn(result.slow)
+            self._commit(result.block)
         else:
             self._add(result)
 
@@ -148,6 +150,12 @@ class RunJobs:
         if self.first_block_at is None:
             self.first_block_at = time.time()
         self._reporter.advance(_TRAINED, len(block.masks))
+
+    def _warn(self, slow: Iterable[str]) -> None:
+        for text in slow:
+            if text not in self._warned:
+                self._warned.add(text)
+                self._reporter.note(f"warning: {text}")
 
     def _note_gg(self, first: int, correct_T: Any) -> None:
         room = self._gg_correct[first : first + len(correct_T)]

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from supsup.errors import one_line
+
 #: How often a job is tried again after its worker died, and after it raised an exception.
 MAX_RETRIES = {"died": 3, "raised": 1}
 #: Deaths of workers in a row, without a finished job between them, after which the pool gives up.
@@ -66,7 +68,7 @@ def as_failure(error: RayError) -> Failure:
     if isinstance(error, RayTaskError):
         cause = error.cause
         return Failure("raised", f"{type(cause).__name__}: {cause}")
-    return Failure("died", " ".join(str(error).split())[:300])
+    return Failure("died", one_line(error, 300))
 
 
 @dataclass

@@ -73,15 +73,14 @@ def table(results: Results) -> Table:
     methods = results.settings.methods if upper else ()
     for method in methods:
         name = method_name(method, results.settings)
-        shown.add_column(f"{upper}\n{name}", justify="right")
-        shown.add_column(f"task found\n{name}", justify="right")
+        shown.add_column(f"{name}\n{upper} (task found)", justify="right")
     for checkpoint in results.checkpoints:
         row = [str(checkpoint.learned), f"{100 * checkpoint.gg_accuracy:.2f}"]
         if checkpoint.evaluation is not None:
             for method in methods:
                 accuracy = checkpoint.evaluation.accuracy(method, results.scenario)
-                row.append(f"{100 * accuracy:.2f}")
-                row.append(f"{100 * checkpoint.evaluation.task_accuracy(method):.2f}")
+                found = checkpoint.evaluation.task_accuracy(method)
+                row.append(f"{100 * accuracy:.2f} ({100 * found:.2f})")
         shown.add_row(*row)
     return shown
 

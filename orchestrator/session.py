@@ -23,7 +23,7 @@ from orchestrator.progress import Reporter
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
 from orchestrator.tracking import Store, Tracker, store_for
 from orchestrator.worker import WorkerSetup
-from supsup.bank import Bank, Manifest, locked, make_manifest
+from supsup.bank import Bank, locked
 from supsup.config import (
     RunConfig,
     checkpoints,
@@ -36,6 +36,7 @@ from supsup.config import (
 from supsup.datasets import Dataset, default_data_dir, load_dataset
 from supsup.errors import ConfigError, UserError
 from supsup.inference import check_methods
+from supsup.manifest import Manifest, make_manifest
 from supsup.train import layers_of
 
 
@@ -329,7 +330,7 @@ def _git_commit() -> str:
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except OSError:
         return ""
     return found.stdout.strip()

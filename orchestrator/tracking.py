@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supsup.errors import ConfigError
+from supsup.errors import ConfigError, one_line
 from supsup.files import write_atomically
 
 EXPERIMENT = "supsup"
@@ -189,12 +189,11 @@ class Tracker:
             for record in records:
                 self._sink.apply(record, self._folder)
         # Whatever a server, a database or a network does, the run goes on.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if not self._warned:
-                reason = " ".join(str(error).split())[:160]
                 warnings.warn(
-                    f"MLflow can't be reached ({type(error).__name__}: {reason}); records are "
-                    "kept in the run folder and delivered later",
+                    f"MLflow can't be reached ({type(error).__name__}: {one_line(error)}); "
+                    "records are kept in the run folder and delivered later",
                     stacklevel=1,
                 )
                 self._warned = True

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
+
 from orchestrator.tracking import local_store
 from supsup.errors import UserError
 
@@ -16,7 +18,6 @@ def serve(runs_dir: Path, port: int) -> None:
     Raises:
         UserError: if there is nothing to show, or the port is taken.
     """
-    store = local_store(runs_dir)
     if not (runs_dir / "mlflow.db").exists():
         raise UserError(f"{runs_dir} has no MLflow store yet; start one with supsup run")
     with socket.socket() as probe:
@@ -25,19 +26,22 @@ def serve(runs_dir: Path, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port}: {error.strerror}; choose another --port") from None
+    store = local_store(runs_dir)
     environment = os.environ | {
         # Not on the command line, where every user of the machine could read it.
         "MLFLOW_BACKEND_STORE_URI": store.uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    hosts = ",".join(
-        f"{host}{end}" for host in ("localhost", "127.0.0.1") for end in ("", f":{port}")
-    )
-    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        + ["--allowed-hosts", hosts, "--workers", "1"]
-        + ["--default-artifact-root", store.artifacts.as_uri() if store.artifacts else ""],
-        env=environment,
-        check=False,
-    )
+    names = ("localhost", "127.0.0.1")
+    hosts = ",".join([*names, *(f"{name}:{port}" for name in names)])
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--allowed-hosts": hosts,
+        "--workers": "1",
+        "--default-artifact-root": str(store.artifacts),
+    }
+    words = [word for option in options.items() for word in option]
+    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    command = [sys.executable, "-m", "mlflow", "server", *words]
+    subprocess.run(command, env=environment, check=False)

@@ -1,6 +1,7 @@
 """The worker: trains blocks and evaluates tasks. An ordinary class; Ray wraps it in one line."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,7 @@ import torch
 
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
+from supsup.errors import SlowPath
 from supsup.evaluate import Evaluation, Evaluator
 from supsup.models import fixed_weights, weights_sha256
 from supsup.train import BlockTrainer, TrainedBlock, layers_of
@@ -27,6 +29,14 @@ class WorkerSetup:
     weights_sha256: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained block, and what made its training slow."""
+
+    block: TrainedBlock
+    slow: tuple[str, ...]
+
+
 class TaskWorker:
     """Trains and evaluates tasks of one run. Holds nothing that matters if it dies."""
 
@@ -35,13 +45,17 @@ class TaskWorker:
         self._setup, self._data = setup, data
         torch.set_num_threads(THREADS)
 
-    def train(self, tasks: range) -> TrainedBlock:
+    def train(self, tasks: range) -> Trained:
         """Train a block of tasks.
 
         Raises:
             RuntimeError: if this machine generates other weights than the bank's.
         """
-        return self._trainer.train(tasks)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SlowPath)
+            block = self._trainer.train(tasks)
+        slow = tuple(str(w.message) for w in caught if issubclass(w.category, SlowPath))
+        return Trained(block=block, slow=slow)
 
     def evaluate(
         self, evaluation: EvalConfig, masks_TB: npt.NDArray[np.uint8], learned: int, tasks: range

@@ -11,84 +11,29 @@ Shapes: T tasks, B bytes of a packed mask.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-import platform
 import re
 import socket
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
-import torch
 
-import supsup
-from supsup.config import RunConfig, fingerprint, from_dict, to_dict
-from supsup.datasets import Dataset
-from supsup.errors import BankError, DeterminismFault
+from supsup.errors import BankError, DeterminismFault, one_line
 from supsup.files import publish, sync_folder, write_atomically
-from supsup.masking import BIT_ORDER, layer_slices, mask_bytes, padding_is_zero
-from supsup.models import Layer, fixed_weights, weights_sha256
-from supsup.train import TrainedBlock, layers_of
+from supsup.manifest import Manifest, dump_manifest, parse_manifest
+from supsup.masking import padding_is_zero
+from supsup.train import TrainedBlock
 
-FORMAT_VERSION = 1
 _BLOCK_NAME = re.compile(r"tasks-(\d{9})-(\d{9})\.safetensors")
 _ROW_TENSORS = {"masks": np.uint8, "gg_correct": np.int64, "loss": np.float32}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a bank is: everything that its masks depend on, and how they are laid out."""
-
-    format_version: int
-    fingerprint: str
-    config: RunConfig
-    layers: tuple[Layer, ...]
-    classes: int
-    test_images: int
-    weights_sha256: str
-    dataset_sha256: str
-    versions: dict[str, str]
-    device: str
-
-    @property
-    def mask_bytes(self) -> int:
-        """Bytes of one packed mask."""
-        return mask_bytes(self.layers)
-
-
-def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
-    """Describe the bank that a resolved configuration and a data set lead to."""
-    layers = layers_of(config, data)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        fingerprint=fingerprint(config, data.sha256),
-        config=config,
-        layers=layers,
-        classes=data.classes,
-        test_images=len(data.test_images),
-        weights_sha256=weights_sha256(fixed_weights(config.seed, layers)),
-        dataset_sha256=data.sha256,
-        versions={
-            "supsup": supsup.__version__,
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        device=_device_name(config.train.device),
-    )
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu {platform.machine()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +107,7 @@ class Bank:
             BankError: if there is one already.
         """
         (path / "blocks").mkdir(parents=True, exist_ok=True)
-        if not publish(path / "manifest.json", _dump_manifest(manifest)):
+        if not publish(path / "manifest.json", dump_manifest(manifest)):
             raise BankError(f"{path} has a bank already")
         sync_folder(path.parent)
         return cls(path, manifest)
@@ -181,7 +126,7 @@ class Bank:
             raise BankError(f"{path} is no mask bank: it has no manifest.json") from None
         except OSError as error:
             raise BankError(f"{file} can't be read: {error.strerror}") from None
-        return cls(path, _parse_manifest(file, text))
+        return cls(path, parse_manifest(file, text))
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -249,7 +194,7 @@ class Bank:
             if name:
                 found.append((range(int(name[1]), int(name[2]) + 1), path))
         found.sort(key=lambda item: item[0].start)
-        for (before, first), (after, second) in zip(found, found[1:], strict=False):
+        for (before, first), (after, second) in itertools.pairwise(found):
             if after.start < before.stop:
                 raise BankError(
                     f"task {after.start} is in both {first.name} and {second.name}; "
@@ -301,7 +246,7 @@ class Bank:
         for block, path in self.blocks():
             wanted = range(block.start, min(block.stop, tasks))
             if wanted and wanted.start == expected:
-                digest.update(self._read_block(block, path, wanted).masks)
+                digest.update(self._read_block(block, path, wanted).masks.data)
                 expected = wanted.stop
         if expected != tasks:
             raise BankError(f"{self.path} lacks task {expected}; it has no SHA-256 of {tasks}")
@@ -348,16 +293,16 @@ class Bank:
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {}).get("supsup", "{}"))
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                rows = Rows(**{name: file.get_slice(name)[local] for name in _ROW_TENSORS})
-                crc32 = file.get_slice("crc32")[local]
+                slices = {name: file.get_slice(name) for name in (*_ROW_TENSORS, "crc32")}
+                counts = {part.get_shape()[0] for part in slices.values()}
+                crc32 = slices.pop("crc32")[local]
+                rows = Rows(**{name: part[local] for name, part in slices.items()})
         except (safetensors.SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise BankError(self._damaged(block, path, f"unreadable ({reason})")) from None
+            raise BankError(self._damaged(block, path, f"unreadable ({one_line(error)})")) from None
         expected = {"bank": self.manifest.fingerprint, "first": block.start, "last": block[-1]}
         if header != expected:
             problem = f"its header says {header}, not {expected}"
-        elif {shape[0] for shape in shapes.values()} != {len(block)}:
+        elif counts != {len(block)}:
             problem = f"it doesn't hold {len(block)} tasks"
         else:
             problem = self._misfit(rows) or _crc_problem(rows, crc32, wanted) or ""
@@ -392,50 +337,3 @@ def _crc_problem(rows: Rows, crc32: npt.NDArray[np.int64], tasks: range) -> str 
     if not len(bad):
         return None
     return "checksum of task " + ", ".join(str(tasks[int(i)]) for i in bad) + " doesn't match"
-
-
-# --- the manifest ----------------------------------------------------------------------------
-
-
-def _dump_manifest(manifest: Manifest) -> bytes:
-    body: dict[str, Any] = {
-        **{field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)},
-        "config": to_dict(manifest.config),
-        "layers": _layer_table(manifest.layers),
-        "mask_bytes": manifest.mask_bytes,
-        "bit_order": BIT_ORDER,
-    }
-    return json.dumps({**body, "sha256": _checksum(body)}, indent=1).encode()
-
-
-def _layer_table(layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    return [
-        {**dataclasses.asdict(layer), "first_byte": part.start, "bytes": layer.mask_bytes}
-        for layer, part in layer_slices(layers)
-    ]
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _parse_manifest(file: Path, text: bytes) -> Manifest:
-    try:
-        body = json.loads(text)
-        stored = body.pop("sha256")
-        version = body["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BankError(f"{file} is damaged: it is no manifest") from None
-    if version != FORMAT_VERSION:
-        raise BankError(
-            f"{file} has format version {version}, this supsup reads {FORMAT_VERSION}; "
-            "use the supsup that wrote it"
-        )
-    if stored != _checksum(body):
-        raise BankError(f"{file} is damaged: its checksum doesn't match")
-    layers = [
-        Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]
-    ]
-    names = [field.name for field in dataclasses.fields(Manifest)]
-    values = {name: body[name] for name in names}
-    return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})

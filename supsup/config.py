@@ -382,7 +382,7 @@ def checkpoints(config: RunConfig) -> tuple[int, ...]:
     Without ``eval.at``: 1, 2.5 and 5 times the powers of ten from 10 on, below the task count.
     """
     if config.eval.at:
-        return tuple(k for k in config.eval.at if k < config.tasks) + (config.tasks,)
+        return (*(k for k in config.eval.at if k < config.tasks), config.tasks)
     powers = range(1, int(math.log10(config.tasks)) + 1)
     spread = (round(step * 10**power) for power in powers for step in (1, 2.5, 5))
     return tuple(sorted({k for k in spread if k < config.tasks} | {config.tasks}))

@@ -5,6 +5,8 @@ Shapes: N images, P pixels (channels, rows and columns flattened).
 
 import hashlib
 import os
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from supsup.errors import DataError
+from supsup.errors import DataError, one_line
 from supsup.seeding import generator
 
 Images = npt.NDArray[np.uint8]
@@ -86,7 +88,7 @@ def _dataset(
     digest = hashlib.sha256()
     for array in (*train, *test):
         digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return Dataset(
         name=name,
         train_images=train[0],
@@ -115,6 +117,11 @@ def _digits() -> Dataset:
     )
 
 
+#: What torchvision and PIL raise for a bad file depends on where the file is bad.
+_BAD_FILE = (
+    OSError, EOFError, RuntimeError, ValueError, TypeError, IndexError, AssertionError,
+    SyntaxError, struct.error, zlib.error,
+)  # fmt: skip
 #: torchvision's class and the statistics that the paper's code normalises with.
 _MNISTS = {
     "mnist": ("MNIST", (0.1307, 0.3081)),
@@ -135,11 +142,9 @@ def _mnist(name: str, data_dir: Path) -> Dataset:
         for train in (True, False):
             part = cls(str(data_dir), train=train, download=True)
             parts.append((part.data.numpy(), part.targets.numpy().astype(np.int64)))
-    # What torchvision raises for a bad file depends on where the file is bad.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    except _BAD_FILE as error:
         raise DataError(
-            f"{name} can't be loaded from {data_dir} ({reason}); put {files} into {raw}"
+            f"{name} can't be loaded from {data_dir} ({one_line(error)}); put {files} into {raw}"
         ) from None
     for images, _ in parts:
         if images.ndim != 3 or images.shape[1:] != (28, 28):
@@ -166,12 +171,10 @@ def _image_folder(folder: Path, image_size: int) -> Dataset:
         try:
             found = torchvision.datasets.ImageFolder(str(folder / part), loader=resized)
             images = np.stack([found.loader(path) for path, _ in found.samples])
-        # PIL and torchvision have no common type for an unreadable file.
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
+        except _BAD_FILE as error:
             raise DataError(
-                f"images:{folder} can't be read ({reason}); it must hold train/ and test/ with a "
-                "folder of images per class"
+                f"images:{folder} can't be read ({one_line(error)}); it must hold train/ and "
+                "test/ with a folder of images per class"
             ) from None
         parts.append((images, np.array(found.targets, dtype=np.int64)))
         classes.append(found.classes)

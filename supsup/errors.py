@@ -1,6 +1,11 @@
 """Errors, told apart by who can mend them."""
 
 
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Return an error's text, or its type if it has none, on one line of limited length."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: value, rule, remedy."""
 
@@ -15,6 +20,10 @@ class DataError(UserError):
 
 class BankError(UserError):
     """A mask bank is missing, damaged, locked, or belongs to another configuration."""
+
+
+class SlowPath(UserWarning):
+    """Something is missing that makes the work faster; the results are the same."""
 
 
 class DeterminismFault(RuntimeError):

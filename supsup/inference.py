@@ -107,7 +107,7 @@ class TaskInference:
         """Return ``∂objective/∂α`` at ``α = 1/k`` [Q, T], the objective's mean over N images."""
         largest = max(layer.weights for layer in self.layers)
         tile = max(1, _TILE_BYTES // (largest * images_QNP.element_size()))
-        return torch.cat([self._gradients(q, objective) for q in images_QNP.split(tile)])
+        return torch.cat([self._gradients(q, objective) for q in torch.split(images_QNP, tile)])
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one mask's network for images [..., P]."""
@@ -119,7 +119,7 @@ class TaskInference:
     def predict(self, tasks_Q: Tensor, images_QNP: Tensor) -> Tensor:
         """Return the class [Q, N] that each query's images have under its task's mask."""
         classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64)
-        for task in tasks_Q.unique().tolist():
+        for task in torch.unique(tasks_Q).tolist():
             chosen_Q = tasks_Q == task
             logits = self.logits(task, images_QNP[chosen_Q])
             classes_QN[chosen_Q] = logits[..., : self.classes].argmax(-1)
@@ -181,7 +181,7 @@ def shortlist(
     size = min(shortlist, gradients_QT.shape[1])
     candidates_QC = gradients_QT.topk(size, dim=1, largest=False).indices.sort(1).values
     entropy_QC = torch.empty(candidates_QC.shape, dtype=images_QNP.dtype)
-    for task in candidates_QC.unique().tolist():
+    for task in torch.unique(candidates_QC).tolist():
         queries, columns = (candidates_QC == task).nonzero(as_tuple=True)
         logits_QNS = engine.logits(task, images_QNP[queries])
         entropy_QC[queries, columns] = entropy(logits_QNS).mean(1)

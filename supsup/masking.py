@@ -4,6 +4,7 @@ Shapes: T tasks, O outputs and I inputs of a layer, B bytes of a packed mask.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from torch import Tensor
 from supsup.models import Layer
 from supsup.seeding import generator
 
-BIT_ORDER = "little"
+BIT_ORDER: Final = "little"
 
 
 def initial_scores(root: int, task: int, layer: Layer) -> npt.NDArray[np.float32]:

@@ -4,6 +4,7 @@ Shapes: O outputs of a layer, I inputs of a layer.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def make_layers(model: str, pixels: int, output_size: int) -> tuple[Layer, ...]:
     widths = (pixels, *MODELS[model], output_size)
     return tuple(
         Layer(name=f"linear{i}", outputs=outputs, inputs=inputs)
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False))
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
     )
 
 
@@ -68,5 +69,5 @@ def weights_sha256(weights: Sequence[npt.NDArray[np.float32]]) -> str:
     """Return the SHA-256 over all layers, in order, as little-endian float32."""
     digest = hashlib.sha256()
     for weight_OI in weights:
-        digest.update(np.ascontiguousarray(weight_OI, dtype="<f4"))
+        digest.update(np.ascontiguousarray(weight_OI, dtype="<f4").data)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ output neurons.
 """
 
 import functools
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
-from supsup.errors import ConfigError, NonFiniteLoss
+from supsup.errors import ConfigError, NonFiniteLoss, SlowPath, one_line
 from supsup.masking import initial_scores, pack
 from supsup.models import Layer, fixed_weights, make_layers
 from supsup.seeding import generator
@@ -178,7 +179,7 @@ class _Block:
         """Return views [T, O, I] of a flat buffer, one per layer."""
         return [
             part.view(len(self.tasks), layer.outputs, layer.inputs)
-            for part, layer in zip(flat.split(self._sizes), self.trainer.layers, strict=True)
+            for part, layer in zip(torch.split(flat, self._sizes), self.trainer.layers, strict=True)
         ]
 
     def step(self, batch: int) -> Tensor:
@@ -294,15 +295,16 @@ def update_scores(
 def _make_update(device: torch.device) -> Update:
     """Return the update compiled to one pass, or as it is where there is no compiler."""
     compiled: Update = torch.compile(update_scores, dynamic=True)
-    probe = [torch.zeros(64, device=device) for _ in range(5)]
+    grad, weights, scores, square_avg, masked = torch.zeros(5, 64, device=device)
     try:
-        compiled(*probe, torch.tensor(1e-3, device=device), 0.99, 1e-8)  # type: ignore[call-arg]
-    # A missing or broken compiler shows as any of a dozen types of torch and of the toolchain.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+        rate = torch.tensor(1e-3, device=device)
+        compiled(grad, weights, scores, square_avg, masked, rate, 0.99, 1e-8)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        reason = one_line(error, 120)
         warnings.warn(
             f"the score update runs uncompiled, about 3 times slower: {reason}; "
             "install a C++ compiler (g++)",
+            SlowPath,
             stacklevel=2,
         )
         return update_scores

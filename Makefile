@@ -1,0 +1,41 @@
+# Everything runs in .venv, built from the hash-locked requirements and then the project itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all check bench env lock clean
+
+demo: $(READY)  ## the main job on embedded data: 100 tasks of permuted digits
+	$(BIN)/supsup run permuted-digits
+
+test: $(READY)  ## the default tests
+	$(BIN)/pytest
+
+test-all: $(READY)  ## all tests, also those that take minutes
+	$(BIN)/pytest -m "not gpu or gpu" --timeout 1200
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## speed, against a plain PyTorch loop
+	$(BIN)/python -m benchmarks
+
+env: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11; give another: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock:  ## renew requirements.lock (needs uv)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev \
+	  --no-annotate --no-header --no-emit-index-url pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

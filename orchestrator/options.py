@@ -1,0 +1,120 @@
+"""Options of the command line, most of them made from the fields of the configuration."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from supsup.config import (
+    ALGORITHMS,
+    OBJECTIVES,
+    RECIPES,
+    FieldInfo,
+    RunConfig,
+    config_fields,
+    get_field,
+)
+
+MAX_WORKERS = 4096
+#: Short names of often used fields.
+_ALIASES = {
+    "model.name": "--model",
+    "eval.batch": "--batch",
+    "eval.at": "--at",
+}
+
+
+def dashes(token: str) -> str:
+    """Let options be written with underscores, too."""
+    return token.replace("_", "-") if token.startswith("-") else token
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _defaults(info: FieldInfo) -> str:
+    """Return a field's default, by recipe where recipes differ."""
+    values = {name: _shown(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return "; ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def _field_option(info: FieldInfo) -> Callable[[Any], Any]:
+    names = [f"--{info.path.replace('_', '-')}", info.path.replace(".", "__")]
+    if info.path in _ALIASES:
+        names.insert(0, _ALIASES[info.path])
+    choices = f" ({', '.join(info.choices)})" if info.choices else ""
+    return click.option(*names, metavar="VALUE", help=f"{info.help}{choices}  [{_defaults(info)}]")
+
+
+def field_options(prefixes: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Add an option for every field whose dotted path starts with a prefix."""
+
+    def decorate(command: Any) -> Any:
+        for info in reversed(config_fields()):
+            if info.path.startswith(prefixes):
+                command = _field_option(info)(command)
+        return command
+
+    return decorate
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+runs_dir = click.option(
+    "--runs-dir",
+    metavar="DIR",
+    envvar="SUPSUP_RUNS",
+    default="runs",
+    show_default=True,
+    help="folder of all runs, and of the MLflow store beside them",
+)
+data_dir = click.option(
+    "--data-dir", metavar="DIR", help="folder of the data sets  [$SUPSUP_DATA, else a cache folder]"
+)
+tracking_uri = click.option(
+    "--tracking-uri", metavar="URI", help="MLflow server or store  [SQLite in the runs folder]"
+)
+worker_options = _options(
+    click.option(
+        "--workers",
+        metavar="N",
+        type=click.IntRange(1, MAX_WORKERS),
+        help="Ray workers  [the GPUs, else the cores]",
+    ),
+    click.option(
+        "--address",
+        metavar="RAY",
+        help="running Ray cluster, such as auto  [starts one on this machine]",
+    ),
+)
+method_options = _options(
+    click.option("--objective", type=click.Choice(OBJECTIVES), help="evaluate by H or by G alone"),
+    click.option(
+        "--algorithm", type=click.Choice(ALGORITHMS), help="evaluate by one algorithm alone"
+    ),
+)
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that were given, by dotted path."""
+    return {name.replace("__", "."): value for name, value in fields.items() if value is not None}
+
+
+def methods(config: RunConfig, objective: str | None, algorithm: str | None) -> dict[str, str]:
+    """Narrow the methods to one objective or algorithm."""
+    if objective is None and algorithm is None:
+        return {}
+    matching = [
+        method
+        for method in config.eval.methods
+        if objective in (None, method.partition("-")[0])
+        and algorithm in (None, method.partition("-")[2])
+    ]
+    only = f"{objective or 'h'}-{algorithm or 'one-shot'}"
+    return {"eval.methods": ",".join(matching or [only])}

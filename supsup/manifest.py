@@ -1,0 +1,121 @@
+"""A bank's manifest: everything that its masks depend on, and how they are laid out."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import supsup
+from supsup.config import RunConfig, fingerprint, from_dict, to_dict
+from supsup.datasets import Dataset
+from supsup.errors import BankError
+from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
+from supsup.models import Layer, fixed_weights, weights_sha256
+from supsup.train import layers_of
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bank is: everything that its masks depend on, and how they are laid out."""
+
+    format_version: int
+    fingerprint: str
+    config: RunConfig
+    layers: tuple[Layer, ...]
+    classes: int
+    test_images: int
+    weights_sha256: str
+    dataset_sha256: str
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of one packed mask."""
+        return mask_bytes(self.layers)
+
+
+def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
+    """Describe the bank that a resolved configuration and a data set lead to."""
+    layers = layers_of(config, data)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint(config, data.sha256),
+        config=config,
+        layers=layers,
+        classes=data.classes,
+        test_images=len(data.test_images),
+        weights_sha256=weights_sha256(fixed_weights(config.seed, layers)),
+        dataset_sha256=data.sha256,
+        versions={
+            "supsup": supsup.__version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        device=_device_name(config.train.device),
+    )
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu {platform.machine()}"
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Return the manifest as the JSON text that a bank keeps."""
+    body: dict[str, Any] = {
+        **{field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)},
+        "config": to_dict(manifest.config),
+        "layers": _layer_table(manifest.layers),
+        "mask_bytes": manifest.mask_bytes,
+        "bit_order": BIT_ORDER,
+    }
+    return json.dumps({**body, "sha256": _checksum(body)}, indent=1).encode()
+
+
+def _layer_table(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    return [
+        {**dataclasses.asdict(layer), "first_byte": part.start, "bytes": layer.mask_bytes}
+        for layer, part in layer_slices(layers)
+    ]
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def parse_manifest(file: Path, text: bytes) -> Manifest:
+    """Return the manifest that was dumped into a file.
+
+    Raises:
+        BankError: if it is damaged or of a later format; names the file.
+    """
+    try:
+        body = json.loads(text)
+        stored = body.pop("sha256")
+        version = body["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BankError(f"{file} is damaged: it is no manifest") from None
+    if version != FORMAT_VERSION:
+        raise BankError(
+            f"{file} has format version {version}, this supsup reads {FORMAT_VERSION}; "
+            "use the supsup that wrote it"
+        )
+    if stored != _checksum(body):
+        raise BankError(f"{file} is damaged: its checksum doesn't match")
+    layers = [
+        Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]
+    ]
+    names = [field.name for field in dataclasses.fields(Manifest)]
+    values = {name: body[name] for name in names}
+    return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})

@@ -1,0 +1,101 @@
+"""Shared small things: a data set of real digits, configurations that train in a moment, one Ray."""
+
+import os
+
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.cluster import Cluster, connect
+from supsup.bank import Bank
+from supsup.config import RunConfig, with_values
+from supsup.datasets import Dataset, load_dataset
+from supsup.manifest import make_manifest
+from supsup.train import BlockTrainer, TrainedBlock
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_dataset("digits", None)
+
+
+@pytest.fixture(scope="session")
+def quick() -> RunConfig:
+    """Eight tasks of digits that take milliseconds each; resolved, fp32 on every machine."""
+    values = {
+        "tasks": 8,
+        "dataset": "digits",
+        "block_size": 3,
+        "model.output_size": 30,
+        "train.batches": 12,
+        "train.learning_rate": 5e-3,
+        "train.precision": "fp32",
+        "train.device": "cpu",
+        "eval.images": 20,
+        "eval.at": "4",
+        "eval.methods": "h-shortlist,g-one-shot",
+        "eval.shortlist": 3,
+    }
+    return with_values(RunConfig(), values)
+
+
+@pytest.fixture(scope="session")
+def trainer(quick, digits) -> BlockTrainer:
+    return BlockTrainer(quick, digits)
+
+
+@pytest.fixture(scope="session")
+def trained(trainer, quick) -> TrainedBlock:
+    """All tasks of the quick configuration, trained one by one: the truth of the equality tests."""
+    blocks = [trainer.train(range(task, task + 1)) for task in range(quick.tasks)]
+    return TrainedBlock(
+        first=0,
+        masks=np.concatenate([block.masks for block in blocks]),
+        gg_correct=np.concatenate([block.gg_correct for block in blocks]),
+        loss=np.concatenate([block.loss for block in blocks]),
+        seconds=0.0,
+    )
+
+
+def rows(trained: TrainedBlock, tasks: range) -> TrainedBlock:
+    """Cut a block out of a larger one."""
+    part = slice(tasks.start - trained.first, tasks.stop - trained.first)
+    return TrainedBlock(
+        first=tasks.start,
+        masks=trained.masks[part],
+        gg_correct=trained.gg_correct[part],
+        loss=trained.loss[part],
+        seconds=0.0,
+    )
+
+
+@pytest.fixture
+def bank(tmp_path, quick, digits) -> Bank:
+    return Bank.create(tmp_path / "bank", make_manifest(quick, digits))
+
+
+@pytest.fixture
+def full_bank(bank, trained, quick) -> Bank:
+    for tasks in (range(3), range(3, 6), range(6, 8)):
+        bank.commit(rows(trained, tasks))
+    return bank
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with connect(None, 2, "cpu") as connected:
+        yield connected

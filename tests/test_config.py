@@ -1,0 +1,140 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supsup.config import (
+    PROTOCOLS,
+    RECIPES,
+    RunConfig,
+    checkpoints,
+    config_fields,
+    fingerprint,
+    from_dict,
+    get_field,
+    resolve,
+    to_dict,
+    training_fields,
+    with_values,
+)
+from supsup.errors import ConfigError
+
+DATA = "0" * 64
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    return resolve(config, device="cpu", native_bf16=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_recipes_survive_json(recipe, protocol):
+    config = with_values(RECIPES[recipe](), PROTOCOLS[protocol])
+    assert from_dict(to_dict(config)) == config
+
+
+def test_every_field_has_help():
+    assert all(info.help for info in config_fields())
+    assert len({info.path for info in config_fields()}) == len(config_fields())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("tasks", "0", "tasks is 0, must be at least 1"),
+        ("tasks", "ten", "tasks is ten, must be a whole number"),
+        ("tasks", "1.5", "tasks is 1.5, must be a whole number"),
+        ("seed", "-1", "seed is -1, must be at least 0"),
+        ("seed", str(2**64), "seed is 18446744073709551616, must be less than"),
+        ("train.learning_rate", "nan", "train.learning_rate is nan, must be a finite number"),
+        ("train.learning_rate", "inf", "train.learning_rate is inf, must be a finite number"),
+        ("train.learning_rate", "0", "must be greater than 0"),
+        ("train.batches", "-3", "train.batches is -3, must be at least 1"),
+        ("scenario", "gnuu", "scenario is gnuu, must be one of gg, gns, gnu; did you mean gnu?"),
+        ("model.name", "lenet", "model.name is lenet, must be one of lenet-300-100"),
+        ("eval.methods", "h-oneshot", "did you mean h-one-shot?"),
+        ("eval.methods", "", "eval.methods is empty"),
+        ("eval.at", "10,zero", "eval.at is zero, must be a whole number"),
+        ("eval.at", "0", "eval.at is 0, must be at least 1"),
+        ("eval.group", "1", "group is 1, must be 0 or at least batch"),
+        ("dataset", "mnst", "did you mean mnist?"),
+    ],
+)
+def test_a_broken_rule_is_one_line(field, value, said):
+    config = with_values(RunConfig(), {"eval.batch": 8}) if field == "eval.group" else RunConfig()
+    with pytest.raises(ConfigError) as caught:
+        with_values(config, {field: value})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_field_names_the_near_one():
+    tree = to_dict(RunConfig())
+    tree["train"]["batchs"] = 3
+    with pytest.raises(ConfigError, match=r"unknown field train\.batchs.*train\.batches"):
+        from_dict(tree)
+
+
+@given(st.sampled_from(config_fields()), st.text(max_size=20))
+def test_rubbish_is_a_config_error_or_a_value(info, text):
+    try:
+        config = with_values(RunConfig(), {info.path: text})
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert get_field(config, info.path) is not None
+
+
+def test_the_fingerprint_is_of_what_shapes_the_masks_alone():
+    base = resolved(RunConfig())
+    same = {
+        "tasks": 2500,
+        "block_size": 3,
+        "scenario": "gns",
+        "image_size": 8,
+        "eval.images": 7,
+        "eval.methods": "g-one-shot",
+    }
+    for field, value in same.items():
+        assert fingerprint(with_values(base, {field: value}), DATA) == fingerprint(base, DATA)
+    other = {
+        "seed": 1,
+        "dataset": "digits",
+        "model.output_size": 101,
+        "model.name": "fc-1024-1024",
+        "train.batches": 7,
+        "train.batch_size": 7,
+        "train.learning_rate": 1e-3,
+        "train.schedule": "constant",
+        "train.alpha": 0.9,
+        "train.epsilon": 1e-6,
+        "train.precision": "fp32",
+        "train.device": "cuda",
+    }
+    prints = {fingerprint(with_values(base, {f: v}), DATA) for f, v in other.items()}
+    prints |= {fingerprint(base, DATA), fingerprint(base, "1" * 64)}
+    assert len(prints) == len(other) + 2
+    trains = {f"train.{field.name}" for field in dataclasses.fields(base.train)}
+    assert trains <= set(training_fields(base))
+
+
+def test_the_fingerprint_needs_a_resolved_configuration():
+    with pytest.raises(ValueError, match="resolve"):
+        fingerprint(RunConfig(), DATA)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "at", "expected"),
+    [
+        (1, "", (1,)),
+        (9, "", (9,)),
+        (50, "", (10, 25, 50)),
+        (100, "", (10, 25, 50, 100)),
+        (2500, "", (10, 25, 50, 100, 250, 500, 1000, 2500)),
+        (50, "10,50,70", (10, 50)),
+        (50, "30", (30, 50)),
+    ],
+)
+def test_checkpoints(tasks, at, expected):
+    assert checkpoints(with_values(RunConfig(), {"tasks": tasks, "eval.at": at})) == expected

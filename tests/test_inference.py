@@ -1,0 +1,120 @@
+"""Task inference held against autograd in float64, with each α an explicit variable."""
+
+import numpy as np
+import pytest
+import torch
+
+from supsup.errors import ConfigError
+from supsup.inference import (
+    TaskInference,
+    check_methods,
+    entropy,
+    infer,
+    one_shot,
+    shortlist,
+)
+from supsup.masking import pack, unpack
+from supsup.models import fixed_weights, make_layers
+
+CLASSES, OUTPUTS, PIXELS = 10, 17, 21
+LAYERS = make_layers("lenet-300-100", PIXELS, OUTPUTS)
+WEIGHTS = [torch.from_numpy(w).double() for w in fixed_weights(0, LAYERS)]
+
+
+def bank(k: int) -> torch.Tensor:
+    random = np.random.default_rng(k)
+    masks = [torch.from_numpy(random.random((k, x.outputs, x.inputs)) < 0.5) for x in LAYERS]
+    return torch.from_numpy(pack(masks))
+
+
+def images(queries: int, per_query: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(7).normal(size=(queries, per_query, PIXELS)))
+
+
+def superposition_logits(packed: torch.Tensor, alpha: torch.Tensor, x: torch.Tensor):
+    masks = unpack(packed, LAYERS, torch.float64)
+    for i, (weight, mask) in enumerate(zip(WEIGHTS, masks, strict=True)):
+        x = (x.relu() if i else x) @ (weight * torch.einsum("t,toi->oi", alpha, mask)).T
+    return x
+
+
+def autograd_alpha(packed: torch.Tensor, x_NP: torch.Tensor, objective: str) -> torch.Tensor:
+    alpha = torch.full((len(packed),), 1 / len(packed), dtype=torch.float64, requires_grad=True)
+    logits = superposition_logits(packed, alpha, x_NP)
+    if objective == "h":
+        p = logits.softmax(-1)
+        value = -(p * p.log()).sum(-1).mean()
+    else:
+        real = torch.arange(OUTPUTS) < CLASSES
+        value = torch.where(real, logits.detach(), logits).logsumexp(-1).mean()
+    return torch.autograd.grad(value, alpha)[0]
+
+
+@pytest.mark.parametrize("objective", ["h", "g"])
+@pytest.mark.parametrize("per_query", [1, 5])
+@pytest.mark.parametrize("k", [1, 2, 9, 33])
+def test_closed_form_equals_autograd(objective, per_query, k):
+    packed, x = bank(k), images(3, per_query)
+    found = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).alpha_gradients(x, objective)
+    for query in range(3):
+        expected = autograd_alpha(packed, x[query], objective)
+        torch.testing.assert_close(found[query], expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["h", "g"])
+def test_tiles_change_nothing(objective, monkeypatch):
+    from supsup import inference
+
+    packed, x = bank(9), images(6, 2)
+    whole = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).alpha_gradients(x, objective)
+    monkeypatch.setattr(inference, "_TILE_BYTES", 300 * 100 * 8 * 2)
+    tiled = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).alpha_gradients(x, objective)
+    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_one_mask_of_the_bank_is_its_network():
+    packed, x = bank(5), images(1, 4)[0]
+    alone = superposition_logits(packed[3:4], torch.ones(1, dtype=torch.float64), x)
+    found = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).logits(3, x)
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_one_shot_is_the_steepest_descent():
+    packed, x = bank(12), images(4, 1)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    expected = [int((-autograd_alpha(packed, q, "h")).argmax()) for q in x]
+    assert one_shot(engine, x, "h").tolist() == expected
+
+
+def test_shortlist_is_the_surest_of_the_steepest():
+    packed, x = bank(12), images(4, 3)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    for size in (1, 4, 12, 50):
+        expected = []
+        for query in x:
+            order = autograd_alpha(packed, query, "h").argsort()[:size].tolist()
+            entropies = {t: float(entropy(engine.logits(t, query)).mean()) for t in order}
+            expected.append(min(entropies, key=entropies.get))
+        assert shortlist(engine, x, "h", size).tolist() == expected
+
+
+@pytest.mark.parametrize("method", ["h-one-shot", "g-one-shot", "h-shortlist", "g-shortlist"])
+def test_every_method_answers_for_one_image_and_one_mask(method):
+    engine = TaskInference(bank(1), WEIGHTS, LAYERS, CLASSES)
+    assert infer(engine, images(2, 1), method).tolist() == [0, 0]
+
+
+def test_predictions_are_of_the_chosen_mask_and_the_real_classes():
+    engine, x = TaskInference(bank(3), WEIGHTS, LAYERS, CLASSES), images(4, 2)
+    tasks = torch.tensor([2, 0, 2, 1])
+    found = engine.predict(tasks, x)
+    for query, task in enumerate(tasks.tolist()):
+        assert torch.equal(found[query], engine.logits(task, x[query])[:, :CLASSES].argmax(1))
+    assert found.max() < CLASSES
+
+
+def test_g_needs_superfluous_neurons():
+    check_methods(("h-one-shot",), 10, 10)
+    check_methods(("g-one-shot",), 11, 10)
+    with pytest.raises(ConfigError, match=r"g-one-shot.*output_size is 10, must be above 10"):
+        check_methods(("h-one-shot", "g-one-shot"), 10, 10)

@@ -1,0 +1,218 @@
+import dataclasses
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from supsup.config import with_values
+from supsup.datasets import load_dataset
+from supsup.errors import ConfigError, NonFiniteLoss
+from supsup.masking import initial_scores, unpack
+from supsup.tasks import permutation
+from supsup.train import BlockTrainer, _Block, batch_indices, layers_of, learning_rate
+
+
+class Threshold(torch.autograd.Function):
+    """A mask in the forward pass, straight through in the backward pass (paper, 3.1)."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        return (scores >= 0).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Obvious:
+    """One task trained as everybody would write it: permuted pixels, autograd, torch's RMSprop."""
+
+    def __init__(self, trainer: BlockTrainer, task: int, dtype=torch.float32):
+        config, data = trainer.config, trainer.data
+        self.config = config
+        self.weights = [weight.to(dtype) for weight in trainer.weights]
+        self.scores = [
+            torch.from_numpy(initial_scores(config.seed, task, x)).to(dtype).requires_grad_()
+            for x in trainer.layers
+        ]
+        train = config.train
+        self.optimizer = torch.optim.RMSprop(
+            self.scores, train.learning_rate, train.alpha, train.epsilon
+        )
+        order = torch.from_numpy(permutation(config.seed, task, data.pixels))
+        pixels = torch.from_numpy(data.train_images).to(dtype)
+        self.images = ((pixels / data.scale - data.mean) / data.std)[:, order]
+        self.labels = torch.from_numpy(data.train_labels)
+        batches = batch_indices(config.seed, len(pixels), train.batch_size, train.batches)
+        self.batches = torch.from_numpy(batches)
+
+    def step(self, number: int) -> float:
+        hidden = self.images[self.batches[number]]
+        for i, (weight, score) in enumerate(zip(self.weights, self.scores, strict=True)):
+            hidden = (hidden.relu() if i else hidden) @ (weight * Threshold.apply(score)).T
+        loss = cross_entropy(hidden, self.labels[self.batches[number]])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, number)
+        self.optimizer.step()
+        return loss.item()
+
+
+def in_weight_order(block: _Block, flat: torch.Tensor, row: int) -> list[torch.Tensor]:
+    first, *rest = [layer[row].clone() for layer in block.by_layer(flat)]
+    return [first[:, torch.from_numpy(block.orders[row])], *rest]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fast_step_is_the_obvious_one(trainer, dtype):
+    """Step by step from the same state: loss, gradient, square average and scores."""
+    tasks = range(2, 4)
+    block = _Block(trainer, tasks)
+    references = [Obvious(trainer, task, dtype) for task in tasks]
+    for number in range(5):
+        before = [
+            (in_weight_order(block, block.scores, row), in_weight_order(block, block.square_avg, row))
+            for row in range(len(tasks))
+        ]
+        losses = block.step(number)
+        for row, reference in enumerate(references):
+            for score, old, square in zip(reference.scores, *before[row], strict=True):
+                score.data.copy_(old)
+                if number:
+                    reference.optimizer.state[score]["square_avg"].copy_(square)
+            assert losses[row].item() == pytest.approx(reference.step(number), rel=1e-5)
+            found = in_weight_order(block, block.scores, row)
+            for score, mine, old in zip(reference.scores, found, before[row][0], strict=True):
+                # RMSprop divides by the root of the mean square, so a gradient that is nothing
+                # but rounding moves its score by a whole step, of either sign.
+                real = score.grad.abs() > 1e-3 * score.grad.abs().max()
+                assert real.any()
+                moved, expected = mine - old, score.detach() - old
+                torch.testing.assert_close(
+                    moved[real], expected[real].float(), rtol=2e-2, atol=1e-6
+                )
+
+
+def test_without_interference_the_fast_training_is_the_obvious_one(trainer, quick):
+    """Twelve steps on their own: rounding may flip few masks, and the losses stay together."""
+    reference = Obvious(trainer, 1)
+    block = _Block(trainer, range(1, 2))
+    for number in range(quick.train.batches):
+        assert block.step(number).item() == pytest.approx(reference.step(number), rel=1e-1)
+    for mine, score in zip(in_weight_order(block, block.scores, 0), reference.scores, strict=True):
+        assert ((mine >= 0) == (score >= 0)).float().mean() > 0.97
+
+
+def test_a_block_equals_its_tasks_alone(trainer, trained, quick):
+    for tasks in (range(8), range(2, 7)):
+        block = trainer.train(tasks)
+        part = slice(tasks.start, tasks.stop)
+        np.testing.assert_array_equal(block.masks, trained.masks[part])
+        np.testing.assert_array_equal(block.gg_correct, trained.gg_correct[part])
+        np.testing.assert_array_equal(block.loss, trained.loss[part])
+
+
+def test_training_learns(quick, digits):
+    config = with_values(quick, {"train.batches": 150})
+    block = BlockTrainer(config, digits).train(range(2))
+    assert (block.gg_correct / len(digits.test_images) > 0.9).all()
+
+
+def test_masks_are_stored_in_the_order_of_the_weights(trainer, trained, digits):
+    """The packed mask over the plain weights, fed permuted pixels, has the stored accuracy."""
+    for task in (0, 7):
+        masks = unpack(torch.from_numpy(trained.masks[task : task + 1]), trainer.layers, torch.float32)
+        order = torch.from_numpy(permutation(trainer.config.seed, task, digits.pixels))
+        images, labels = trainer.images("test", slice(None))
+        hidden = images[:, order]
+        for i, (weight, mask) in enumerate(zip(trainer.weights, masks, strict=True)):
+            hidden = (hidden.relu() if i else hidden) @ (weight * mask[0]).T
+        correct = (hidden[:, : digits.classes].argmax(1) == labels).sum()
+        assert correct == trained.gg_correct[task]
+
+
+def test_weights_do_not_depend_on_the_number_of_tasks(quick, digits, trainer):
+    more = BlockTrainer(with_values(quick, {"tasks": 2500}), digits)
+    for a, b in zip(trainer.weights, more.weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_agrees_with_fp32(quick, digits):
+    """Accuracies within half a point on real data, mean of eight tasks."""
+    accuracy = {}
+    for precision in ("bf16", "fp32"):
+        values = {"train.precision": precision, "train.batches": 300, "train.learning_rate": 1e-3}
+        config = with_values(quick, values)
+        block = BlockTrainer(config, digits).train(range(8))
+        accuracy[precision] = block.gg_correct.mean() / len(digits.test_images)
+    assert accuracy["fp32"] > 0.95
+    assert abs(accuracy["bf16"] - accuracy["fp32"]) < 0.005
+
+
+def test_the_fallback_gives_the_same_masks(trainer, trained, monkeypatch):
+    from supsup import train
+
+    monkeypatch.setattr(trainer, "_update", train.update_scores)
+    np.testing.assert_array_equal(trainer.train(range(3)).masks, trained.masks[:3])
+
+
+def test_no_compiler_is_a_warning_and_works(tmp_path):
+    code = """
+import warnings
+import torch
+from supsup.train import _make_update
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    update = _make_update(torch.device("cpu"))
+print(update.__name__, [str(w.message) for w in caught if "uncompiled" in str(w.message)])
+"""
+    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("update_scores ")
+    assert "the score update runs uncompiled" in done.stdout
+    assert "g++" in done.stdout
+
+
+def test_diverging_is_an_error_that_names_the_task(quick, digits):
+    config = with_values(quick, {"train.batches": 2})
+    broken = dataclasses.replace(digits, std=1e-38)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NonFiniteLoss, match=r"task 4: .*train\.learning_rate"):
+            BlockTrainer(config, broken).train(range(4, 6))
+
+
+def test_schedules(quick):
+    linear = with_values(quick, {"train.batches": 4, "train.learning_rate": 1.0})
+    assert [learning_rate(linear, i) for i in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    constant = with_values(linear, {"train.schedule": "constant"})
+    assert [learning_rate(constant, i) for i in range(4)] == [1.0] * 4
+
+
+def test_batches_are_epochs_end_to_end():
+    order = batch_indices(0, images=10, batch=4, batches=5)
+    assert order.shape == (5, 4)
+    assert sorted(order.ravel()[:10]) == sorted(order.ravel()[10:]) == list(range(10))
+    assert not np.array_equal(order.ravel()[:10], order.ravel()[10:])
+    np.testing.assert_array_equal(batch_indices(0, 10, 4, 2), order[:2])
+
+
+def test_there_must_be_an_output_per_class(quick, digits):
+    with pytest.raises(ConfigError, match=r"model\.output_size is 9, must be at least 10"):
+        layers_of(with_values(quick, {"model.output_size": 9}), digits)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_the_same_accuracy(quick, digits):
+    values = {"train.device": "cuda", "train.batches": 150}
+    block = BlockTrainer(with_values(quick, values), digits).train(range(8))
+    again = BlockTrainer(with_values(quick, values), load_dataset("digits", None)).train(range(8))
+    np.testing.assert_array_equal(block.masks, again.masks)
+    assert block.gg_correct.mean() / len(digits.test_images) > 0.9
