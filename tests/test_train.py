@@ -69,8 +69,12 @@ def in_weight_order(block: _Block, flat: torch.Tensor, row: int) -> list[torch.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fast_step_is_the_obvious_one(trainer, dtype):
-    """Step by step from the same state: loss, gradient, square average and scores."""
+def test_the_fast_step_is_the_obvious_one(quick, digits, dtype):
+    """Step by step from the same state: losses, and how far each score moved."""
+    # Noise, not digits: hidden units seldom add up to exactly zero.
+    shape = digits.train_images.shape
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    trainer = BlockTrainer(quick, dataclasses.replace(digits, train_images=noise, scale=255.0))
     tasks = range(2, 4)
     block = _Block(trainer, tasks)
     references = [Obvious(trainer, task, dtype) for task in tasks]
@@ -87,16 +91,17 @@ def test_the_fast_step_is_the_obvious_one(trainer, dtype):
                     reference.optimizer.state[score]["square_avg"].copy_(square)
             assert losses[row].item() == pytest.approx(reference.step(number), rel=1e-5)
             found = in_weight_order(block, block.scores, row)
-            for score, mine, old in zip(reference.scores, found, before[row][0], strict=True):
+            for i, (score, mine, old) in enumerate(
+                zip(reference.scores, found, before[row][0], strict=True)
+            ):
                 # RMSprop divides by the root of the mean square, so a gradient that is nothing
                 # but rounding moves its score by a whole step, of either sign.
                 real = score.grad.abs() > 1e-3 * score.grad.abs().max()
-                assert real.any()
-                moved, expected = mine - old, score.detach() - old
-                close = torch.isclose(moved, expected.float(), rtol=1e-2, atol=1e-6)[real]
-                # All weights of a layer have one size, so a hidden unit may add up to exactly
-                # zero, or to rounding: its gradient for that image is there or is not.
-                assert close.float().mean() > 0.999
+                moved, expected = (mine - old)[real], (score.detach() - old)[real].float()
+                close = torch.isclose(moved, expected, rtol=1e-2, atol=1e-6).float().mean()
+                # A first hidden unit adds up whole numbers times one size of weight: some are
+                # exactly zero, and rounding decides whether their gradient is there.
+                assert close >= (0.98 if i == 0 else 1)
 
 
 def test_without_interference_the_fast_training_is_the_obvious_one(trainer, quick):
