@@ -1,0 +1,169 @@
+"""The coordinator without Ray: its jobs are done by a plain loop over an ordinary worker."""
+
+import numpy as np
+import pytest
+
+from orchestrator.coordinator import RunJobs
+from orchestrator.pool import Failure, Job
+from orchestrator.runfolder import RunFolder
+from orchestrator.worker import TaskWorker, WorkerSetup
+from supsup.config import checkpoints, with_values
+from supsup.evaluate import Evaluator
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.lines, self.values, self.counts = [], {}, {}
+
+    def start(self, what, total, done=0):
+        self.counts[what] = done, total
+
+    def advance(self, what, by):
+        done, total = self.counts[what]
+        self.counts[what] = done + by, total
+
+    def note(self, text):
+        self.lines.append(text)
+
+    def metrics(self, values, step):
+        self.values[step] = dict(values)
+
+
+@pytest.fixture
+def worker(quick, digits, bank):
+    setup = WorkerSetup(config=quick, weights_sha256=bank.manifest.weights_sha256)
+    return TaskWorker(setup, digits)
+
+
+def make_jobs(config, bank, notes, **options):
+    return RunJobs(
+        config=config,
+        checkpoints=options.pop("at", checkpoints(config)),
+        bank=bank,
+        folder=RunFolder(bank.path.parent, bank.path.name),
+        tracker=notes,
+        reporter=notes,
+        put=lambda value: value,
+        **options,
+    )
+
+
+def work(jobs, worker, most=10**6):
+    """Do up to that many jobs; return what was done."""
+    seen = []
+    while len(seen) < most and (job := jobs.next_job()):
+        seen.append(job)
+        jobs.done(job, getattr(worker, job.method)(*job.args))
+    return seen
+
+
+def test_a_run_trains_evaluates_and_shows(quick, bank, worker, trained, digits):
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes)
+    seen = work(jobs, worker)
+    assert [job.method for job in seen] == ["train"] * 2 + ["evaluate"] + ["train"] + ["evaluate"] * 2
+    np.testing.assert_array_equal(bank.read(range(8)).masks, trained.masks)
+    assert notes.counts == {"tasks trained": (8, 8), "tasks evaluated": (12, 12)}
+    assert set(notes.values) == {4, 8}
+    images = 8 * len(digits.test_images)
+    assert notes.values[8]["gg/accuracy"] == pytest.approx(trained.gg_correct.sum() / images)
+    expected = Evaluator(quick, digits).evaluate(quick.eval, trained.masks, 8, range(8))
+    accuracy = expected.accuracy("g-one-shot", "gnu")
+    assert notes.values[8]["gnu/accuracy/g-one-shot"] == pytest.approx(accuracy)
+    assert notes.values[8]["gnu/accuracy"] == pytest.approx(expected.accuracy("h-shortlist", "gnu"))
+    assert notes.values[8]["bank/bytes"] == bank.size()
+    results = jobs.results("name", "digits")
+    assert [checkpoint.learned for checkpoint in results.checkpoints] == [4, 8]
+    np.testing.assert_array_equal(results.gg_correct, trained.gg_correct)
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(quick, bank, worker, full_bank):
+    sha256 = full_bank.sha256(8)
+    for path in [path for _, path in full_bank.blocks()][1:]:
+        path.unlink()
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes)
+    trained_now = [job.args[0] for job in work(jobs, worker) if job.method == "train"]
+    assert trained_now == [range(3, 6), range(6, 8)]
+    assert bank.sha256(8) == sha256
+    again = make_jobs(quick, bank, Notes())
+    assert work(again, worker) == []
+    assert len(again.results("name", "digits").checkpoints) == 2
+
+
+def test_more_tasks_train_the_others_alone(quick, full_bank, worker):
+    more = with_values(quick, {"tasks": 11, "block_size": 4})
+    blocks = [job.args[0] for job in work(make_jobs(more, full_bank, Notes()), worker)
+              if job.method == "train"]  # fmt: skip
+    assert blocks == [range(8, 11)]
+
+
+def test_damage_is_named_moved_and_trained_again(quick, full_bank, worker):
+    sha256 = full_bank.sha256(8)
+    path = full_bank.blocks()[1][1]
+    path.write_bytes(path.read_bytes()[:-3])
+    notes = Notes()
+    work(make_jobs(quick, full_bank, notes), worker)
+    assert path.name in notes.lines[0]
+    assert full_bank.sha256(8) == sha256
+    assert len(list((full_bank.path / "damaged").iterdir())) == 1
+
+
+def test_a_failed_block_hurts_its_checkpoints_alone(quick, bank, worker):
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes)
+    while job := jobs.next_job():
+        if job.tag == ("train", range(6, 8)):
+            jobs.failed(job, Failure("raised", "NonFiniteLoss: task 6"))
+        else:
+            jobs.done(job, getattr(worker, job.method)(*job.args))
+    assert jobs.failures == ["tasks 6 to 7 failed, given up: NonFiniteLoss: task 6"]
+    assert [c.learned for c in jobs.results("name", "digits").checkpoints] == [4]
+    assert jobs.learned == 6
+
+
+def test_scenario_gg_evaluates_nothing(quick, full_bank, worker):
+    notes = Notes()
+    config = with_values(quick, {"scenario": "gg"})
+    assert work(make_jobs(config, full_bank, notes), worker) == []
+    assert set(notes.values[8]) == {"gg/accuracy", "bank/bytes"}
+
+
+def test_evaluation_alone_trains_nothing(quick, full_bank, worker):
+    jobs = make_jobs(quick, full_bank, Notes(), at=(2, 5), train=False)
+    assert {job.method for job in work(jobs, worker)} == {"evaluate"}
+    assert [c.learned for c in jobs.results("name", "digits").checkpoints] == [2, 5]
+
+
+def test_a_worker_with_other_weights_refuses(quick, digits):
+    worker = TaskWorker(WorkerSetup(config=quick, weights_sha256="0" * 64), digits)
+    with pytest.raises(RuntimeError, match="are not the bank's"):
+        worker.train(range(1))
+    with pytest.raises(RuntimeError, match="are not the bank's"):
+        worker.evaluate(quick.eval, np.zeros((1, 1), np.uint8), 1, range(1))
+
+
+def test_what_makes_training_slow_is_said_once(quick, bank, worker, monkeypatch):
+    import warnings
+
+    from supsup.errors import SlowPath
+
+    trainer = worker._trainer
+    train = trainer.train
+
+    def slow(tasks):
+        warnings.warn("no compiler", SlowPath, stacklevel=1)
+        return train(tasks)
+
+    monkeypatch.setattr(trainer, "train", slow)
+    notes = Notes()
+    work(make_jobs(quick, bank, notes), worker)
+    assert notes.lines.count("warning: no compiler") == 1
+
+
+def test_jobs_are_described():
+    from orchestrator.coordinator import _describe
+
+    assert _describe(Job("train", (), ("train", range(3, 6)))) == "tasks 3 to 5"
+    evaluation = Job("evaluate", (), ("evaluate", 50, range(5, 10)))
+    assert _describe(evaluation) == "evaluation of tasks 5 to 9 among 50"
