@@ -27,7 +27,7 @@ _ALIASES = {
 
 def dashes(token: str) -> str:
     """Let options be written with underscores, too."""
-    return token.replace("_", "-") if token.startswith("-") else token
+    return token.replace("_", "-")
 
 
 def _shown(value: Any) -> str:

@@ -85,6 +85,9 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     if name is not None:
         config = _like_existing(config, RunFolder(where.runs_dir, name))
     data = _load(config, launch.data_dir)
+    if name is not None and "auto" not in (config.train.device, config.train.precision):
+        # All that is needed to refuse another configuration, before Ray starts.
+        _folder(where.runs_dir, name, launch.recipe, make_manifest(config, data))
     reporter.note("starting Ray" if where.address is None else f"connecting to {where.address}")
     with connect(where.address, where.workers, config.train.device) as cluster:
         check_device(config.train.device, cluster.machine)
@@ -148,8 +151,8 @@ def evaluate(
     if data.sha256 != bank.manifest.dataset_sha256:
         raise UserError(f"the data set is not the one that {name} was trained on; see --data-dir")
     with (
-        connect(where.address, where.workers, config.train.device) as cluster,
         locked(folder.path),
+        connect(where.address, where.workers, config.train.device) as cluster,
     ):
         labels = [report.label(method, config.eval) for method in config.eval.methods]
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)

@@ -1,4 +1,4 @@
-"""Shared small things: a data set of real digits, configurations that train in a moment, one Ray."""
+"""Shared small things: real digits, configurations that train in a moment, one Ray."""
 
 import os
 

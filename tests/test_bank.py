@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_clear_line(bank, trained, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(BankError, match="No space left on device.*resume"):
+        with pytest.raises(BankError, match=r"No space left on device.*resume"):
             bank.commit(rows(trained, range(3)))
     assert bank.intact() == ([range(3, 6)], [])
     bank.commit(rows(trained, range(3)))

@@ -61,7 +61,9 @@ def test_a_run_trains_evaluates_and_shows(quick, bank, worker, trained, digits):
     notes = Notes()
     jobs = make_jobs(quick, bank, notes)
     seen = work(jobs, worker)
-    assert [job.method for job in seen] == ["train"] * 2 + ["evaluate"] + ["train"] + ["evaluate"] * 2
+    assert [job.method for job in seen] == ["train"] * 2 + ["evaluate"] + ["train"] + [
+        "evaluate"
+    ] * 2
     np.testing.assert_array_equal(bank.read(range(8)).masks, trained.masks)
     assert notes.counts == {"tasks trained": (8, 8), "tasks evaluated": (12, 12)}
     assert set(notes.values) == {4, 8}

@@ -16,7 +16,9 @@ def test_packing_loses_nothing_at_any_length(tasks, shapes):
     packed = pack(masks)
     assert packed.shape == (tasks, mask_bytes(layers))
     assert padding_is_zero(packed, layers)
-    for mask, found in zip(masks, unpack(torch.from_numpy(packed), layers, torch.float32), strict=True):
+    for mask, found in zip(
+        masks, unpack(torch.from_numpy(packed), layers, torch.float32), strict=True
+    ):
         assert torch.equal(mask.float(), found)
 
 

@@ -33,7 +33,7 @@ class Moody:
 
     def die_once(self, path):
         if not os.path.exists(path):  # noqa: PTH110
-            open(path, "w").close()  # noqa: PTH123, SIM115
+            open(path, "w").close()  # noqa: PTH123
             os._exit(1)
         return "alive"
 
@@ -76,7 +76,11 @@ def test_a_bad_job_hurts_itself_alone(moody_pool, tmp_path):
     assert source.results["once"] == "alive"
     assert source.failures["raise"].reason == "ValueError: no"
     assert source.failures["die"].kind == "died"
-    assert Counter(source.retries) == {("raise", "raised"): 1, ("die", "died"): 3, ("once", "died"): 1}
+    assert Counter(source.retries) == {
+        ("raise", "raised"): 1,
+        ("die", "died"): 3,
+        ("once", "died"): 1,
+    }
 
 
 def test_workers_that_die_and_die_stop_the_run(moody_pool, monkeypatch):
@@ -86,9 +90,7 @@ def test_workers_that_die_and_die_stop_the_run(moody_pool, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_bank(
-    workers, cluster, quick, digits, bank, trained
-):
+def test_any_number_of_workers_gives_the_same_bank(workers, cluster, quick, digits, bank, trained):
     assert run_on(cluster, workers, quick, digits, bank) == []
     assert (bank.read(range(8)).masks == trained.masks).all()
 

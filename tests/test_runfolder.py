@@ -17,7 +17,21 @@ def test_good_names(tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", ".", "..", "../x", "a/b", "/etc", ".hidden", "a\nb", "a\0b", "\x1b[31m", "x" * 65, "é"],
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/etc",
+        ".hidden",
+        "a\nb",
+        "a\0b",
+        "\x1b[31m",
+        "x" * 65,
+        "é",
+    ],
 )
 def test_bad_names_are_one_printable_line(tmp_path, name):
     with pytest.raises(ConfigError, match="must be 1 to 64") as caught:

@@ -80,7 +80,10 @@ def test_the_fast_step_is_the_obvious_one(quick, digits, dtype):
     references = [Obvious(trainer, task, dtype) for task in tasks]
     for number in range(5):
         before = [
-            (in_weight_order(block, block.scores, row), in_weight_order(block, block.square_avg, row))
+            (
+                in_weight_order(block, block.scores, row),
+                in_weight_order(block, block.square_avg, row),
+            )
             for row in range(len(tasks))
         ]
         losses = block.step(number)
@@ -132,7 +135,9 @@ def test_training_learns(quick, digits):
 def test_masks_are_stored_in_the_order_of_the_weights(trainer, trained, digits):
     """The packed mask over the plain weights, fed permuted pixels, has the stored accuracy."""
     for task in (0, 7):
-        masks = unpack(torch.from_numpy(trained.masks[task : task + 1]), trainer.layers, torch.float32)
+        masks = unpack(
+            torch.from_numpy(trained.masks[task : task + 1]), trainer.layers, torch.float32
+        )
         order = torch.from_numpy(permutation(trainer.config.seed, task, digits.pixels))
         images, labels = trainer.images("test", slice(None))
         hidden = images[:, order]

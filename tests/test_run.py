@@ -1,0 +1,132 @@
+"""The real thing: the command, its own Ray, its MLflow store; killed and resumed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SUPSUP = str(Path(sys.executable).with_name("supsup"))
+QUICK = (
+    "--train.batches=100", "--model.output-size=30", "--block-size=2", "--eval.images=20",
+    "--train.precision=fp32", "--train.device=cpu",
+)  # fmt: skip
+
+
+def supsup(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [SUPSUP, *words], cwd=folder, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def sha256(folder: Path, name: str) -> str:
+    out = supsup(folder, "bank", "verify", name).stdout
+    return re.search(r"SHA-256 of their masks ([0-9a-f]{64})", out)[1]
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def blocks(folder: Path, name: str) -> int:
+    return len(list((folder / "runs" / name / "blocks").glob("tasks-*")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with an undisturbed run of 14 tasks by one worker."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = ("--name", "whole", "--tasks", "14", "--workers", "1", "--at", "5,14")
+    done = supsup(folder, "run", "permuted-digits", *words, *QUICK)
+    for part in ("tasks learned", "H one-shot", "G one-shot", "accuracy.png", "supsup ui"):
+        assert part in done.stdout
+    assert "tasks trained: 14/14" in done.stderr
+    return folder
+
+
+def test_the_run_is_in_mlflow_for_someone_who_was_told_nothing(whole):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{whole}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("supsup")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.batches"] == "100"
+    assert run.data.tags["tasks"] == "14"
+    assert "number of tasks learned" in run.data.tags["mlflow.note.content"]
+    history = client.get_metric_history(run.info.run_id, "gnu/accuracy")
+    assert [point.step for point in history] == [5, 14]
+    assert run.data.metrics["gg/accuracy"] > 0.85
+    assert run.data.metrics["gnu/task_accuracy/h-one-shot"] > 0.5
+    assert run.data.metrics["bank/bytes"] > 14 * 4000
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"accuracy.png", "accuracy.csv", "per_task.csv"}
+
+
+def test_everything_written_is_the_users_alone(whole):
+    modes = {path: path.stat().st_mode & 0o077 for path in (whole / "runs").rglob("*")}
+    assert not any(modes.values()), {path: oct(mode) for path, mode in modes.items() if mode}
+
+
+def test_killed_and_resumed_gives_the_same_bank(whole, tmp_path):
+    """SIGKILL of the command with two workers; the resumed run ends with the same SHA-256."""
+    words = ("--name", "killed", "--tasks", "14", "--workers", "2", "--at", "5,14")
+    command = subprocess.Popen(
+        [SUPSUP, "run", "permuted-digits", *words, *QUICK],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: blocks(tmp_path, "killed") >= 2)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    committed = blocks(tmp_path, "killed")
+    assert 2 <= committed < 7
+    done = supsup(tmp_path, "resume", "killed")
+    assert f"{14 - 2 * committed} tasks trained now, 14 learned" in done.stdout
+    assert sha256(tmp_path, "killed") == sha256(whole, "whole")
+
+
+def test_interrupted_says_how_to_go_on(whole, tmp_path):
+    words = ("--name", "stopped", "--tasks", "14", "--workers", "1")
+    command = subprocess.Popen(
+        [SUPSUP, "run", "permuted-digits", *words, *QUICK],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: blocks(tmp_path, "stopped") >= 1)
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert "go on with supsup resume stopped" in err
+    assert "Traceback" not in err
+
+
+def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
+    """Continues the module's run; needs no name, for its fingerprint is known."""
+    before = sha256(whole, "whole")
+    done = supsup(whole, "run", "permuted-digits", "--tasks", "16", "--at", "5,14", *QUICK)
+    assert "2 tasks trained now, 16 learned" in done.stdout
+    assert sha256(whole, "whole") != before
+    done = supsup(whole, "eval", "whole", "--objective", "g", "--batch", "10", "--at", "3,16")
+    assert "trained now" not in done.stdout
+    assert "G one-shot, 10 images" in done.stdout
+    assert (whole / "runs" / "whole" / "report" / "g-one-shot-b10" / "accuracy.png").exists()
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{whole}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("supsup").experiment_id])
+    assert run.data.metrics["gnu/task_accuracy/g-one-shot-b10"] > 0.9
+    assert run.data.tags["tasks"] == "16"

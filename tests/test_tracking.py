@@ -1,0 +1,174 @@
+"""Tracking against a real SQLite store and a real MLflow server."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from orchestrator import tracking
+from orchestrator.tracking import EXPERIMENT, IDENTITY_TAG, Outbox, Tracker, local_store, store_for
+from supsup.errors import ConfigError
+
+
+def runs_in(store):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return client, client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "runs" / "one"
+    (path / "report").mkdir(parents=True)
+    return path
+
+
+def record_all(folder, store):
+    tracker = Tracker(folder, store, "one", "identity-1")
+    tracker.begin({"seed": 0}, {"device": "cpu"})
+    tracker.metrics({"gg/accuracy": 0.9}, 10)
+    tracker.metrics({"gg/accuracy": 0.8}, 25)
+    (folder / "report" / "accuracy.csv").write_text("a,b\n")
+    tracker.artifact(folder / "report" / "accuracy.csv")
+    return tracker
+
+
+def check_all(client, run):
+    assert run.info.run_name == "one"
+    assert run.data.params == {"seed": "0"}
+    assert run.data.tags["device"] == "cpu"
+    assert run.data.tags[IDENTITY_TAG] == "identity-1"
+    history = client.get_metric_history(run.info.run_id, "gg/accuracy")
+    assert [(m.step, m.value) for m in history] == [(10, 0.9), (25, 0.8)]
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["accuracy.csv"]
+
+
+def test_everything_arrives_in_the_local_store(folder):
+    store = local_store(folder.parent)
+    assert record_all(folder, store).close("FINISHED")
+    client, (run,) = runs_in(store)
+    check_all(client, run)
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith((folder.parent / "mlflow-artifacts").as_uri())
+
+
+def test_a_resumed_run_continues_its_mlflow_run_and_doubles_nothing(folder):
+    store = local_store(folder.parent)
+    assert record_all(folder, store).close("KILLED")
+    # Killed before it could note what it had delivered: everything is delivered again.
+    (folder / "records-delivered.json").unlink()
+    tracker = Tracker(folder, store, "one", "identity-1")
+    tracker.begin({"seed": 0}, {"device": "cpu"})
+    assert tracker.close("FINISHED")
+    client, (run,) = runs_in(store)
+    check_all(client, run)
+    assert run.info.status == "FINISHED"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.filterwarnings("ignore:MLflow can't be reached")
+def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    port = free_port()
+    store = store_for(f"http://127.0.0.1:{port}", folder.parent)
+    tracker = record_all(folder, store)
+    assert not tracker.close("FINISHED")
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/server.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    server = subprocess.Popen(
+        [*command, "--artifacts-destination", str(tmp_path / "artifacts")], env=environment
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        again = Tracker(folder, store, "one", "identity-1")
+        assert again.close("FINISHED")
+        client, (run,) = runs_in(store)
+        check_all(client, run)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for(url: str) -> None:
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"{url} didn't come up")
+
+
+def test_the_outbox_survives_a_torn_line(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.append("metrics", values={"a": 1.0})
+    with (tmp_path / "records.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metr')
+    again = Outbox(tmp_path)
+    again.append("status", status="FINISHED")
+    records, position = again.pending()
+    assert [record["kind"] for record in records] == ["metrics", "status"]
+    again.mark_delivered(position)
+    assert again.pending() == ([], position)
+    again.append("status", status="RUNNING")
+    assert [record["status"] for record in again.pending()[0]] == ["RUNNING"]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"position": "x"}', "[]"])
+def test_a_lost_position_delivers_again(tmp_path, content):
+    outbox = Outbox(tmp_path)
+    outbox.append("status", status="FINISHED")
+    (tmp_path / "records-delivered.json").write_text(content)
+    assert len(outbox.pending()[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "mlruns",
+        "file:///tmp/x",
+        "ftp://host",
+        "http://",
+        "postgres:5432",
+        "sqlite:///relative.db",
+        "sqlite:////no/such/folder/mlflow.db",
+    ],
+)
+def test_a_bad_tracking_uri_is_one_clear_line(tmp_path, uri):
+    with pytest.raises(ConfigError, match="tracking URI"):
+        store_for(uri, tmp_path)
+
+
+def test_a_file_that_is_no_database(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("hello, I am no database at all, and long enough to have a header" * 20)
+    with pytest.raises(ConfigError, match="is no SQLite database"):
+        store_for(f"sqlite:////{file}", tmp_path)
+
+
+def test_passwords_are_not_shown(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        store_for("postgresql://me:s3cret@host/db", tmp_path)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_the_local_store_is_beside_the_runs_whatever_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = store_for(None, (tmp_path / "runs").relative_to(tmp_path))
+    assert store.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert store.artifacts == tmp_path / "runs" / "mlflow-artifacts"
