@@ -8,7 +8,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_plain_loop_of_the_documentation_works(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)[
+        1
+    ]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)

@@ -1,0 +1,1 @@
+"""Speed, measured in one run against the plain way: ``make bench``."""
