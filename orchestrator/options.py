@@ -12,6 +12,7 @@ from supsup.config import (
     RECIPES,
     FieldInfo,
     RunConfig,
+    as_text,
     config_fields,
     get_field,
 )
@@ -30,13 +31,9 @@ def dashes(token: str) -> str:
     return token.replace("_", "-")
 
 
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
 def _defaults(info: FieldInfo) -> str:
     """Return a field's default, by recipe where recipes differ."""
-    values = {name: _shown(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
+    values = {name: as_text(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return "; ".join(f"{name}: {value}" for name, value in values.items())

@@ -26,6 +26,7 @@ from orchestrator.worker import WorkerSetup
 from supsup.bank import Bank, locked
 from supsup.config import (
     RunConfig,
+    as_text,
     checkpoints,
     config_fields,
     get_field,
@@ -236,7 +237,7 @@ class _Task:
         params = training_fields(self._config)
         manifest = self._bank.manifest
         tags = {
-            info.path: str(get_field(self._config, info.path))
+            info.path: as_text(get_field(self._config, info.path))
             for info in config_fields()
             if info.path not in params
         }

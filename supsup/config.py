@@ -243,6 +243,11 @@ def get_field(config: RunConfig, path: str) -> Any:
     return value
 
 
+def as_text(value: Any) -> str:
+    """Return a field's value as it is typed: lists comma-separated, "none" for an empty one."""
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Return the configuration with the values at dotted paths replaced and checked.
 
