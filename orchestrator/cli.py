@@ -11,7 +11,7 @@ import click
 import supsup
 from orchestrator import options
 from supsup.config import PROTOCOLS, RECIPES, RunConfig, with_values
-from supsup.errors import ConfigError, UserError
+from supsup.errors import ConfigError, RunFailed, UserError
 
 if TYPE_CHECKING:
     from orchestrator.runfolder import Launch
@@ -318,8 +318,8 @@ class _StoppingCleanly:
         if kind is KeyboardInterrupt or kind is SystemExit:
             go_on = f"supsup resume {self._name}" if self._name else "the same command"
             click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
-            if kind is KeyboardInterrupt:
-                sys.exit(_INTERRUPTED)
+            # Ray's own handler of SIGTERM exits with another status.
+            sys.exit(_INTERRUPTED if kind is KeyboardInterrupt else _TERMINATED)
 
 
 def main() -> None:
@@ -328,6 +328,8 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except RunFailed as error:
+        _fail(str(error), status=1)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
@@ -337,7 +339,7 @@ def main() -> None:
         sys.exit(_INTERRUPTED)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 2) -> None:
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message.replace("\n", " "))
     click.echo(f"supsup: {shown}", err=True)
-    sys.exit(2)
+    sys.exit(status)

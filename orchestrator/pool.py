@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from supsup.errors import one_line
+from supsup.errors import RunFailed, one_line
 
 #: How often a job is tried again after its worker died, and after it raised an exception.
 MAX_RETRIES = {"died": 3, "raised": 1}
@@ -54,7 +54,7 @@ class JobSource(Protocol):
         """Take notice of a failure that will be tried again."""
 
 
-class PoolBroken(RuntimeError):
+class PoolBroken(RunFailed):
     """Workers die one after another; the cluster needs attention."""
 
 

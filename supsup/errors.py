@@ -26,7 +26,11 @@ class SlowPath(UserWarning):
     """Something is missing that makes the work faster; the results are the same."""
 
 
-class DeterminismFault(RuntimeError):
+class RunFailed(RuntimeError):
+    """The run can't go on, and no setting of the user is to blame. The message is one line."""
+
+
+class DeterminismFault(RunFailed):
     """The same task gave different masks in two trainings; the results can't be trusted."""
 
 

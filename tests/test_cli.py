@@ -233,3 +233,16 @@ def test_a_run_with_a_failed_block_exits_with_1_and_its_reason(supsup, monkeypat
     assert "NonFiniteLoss: task 3" in err
     assert "try again: supsup resume bad" in err
     assert "MLflow has not got all records" in err
+
+
+def test_a_run_that_can_not_go_on_is_one_line_and_exits_with_1(supsup, monkeypatch):
+    from orchestrator import session
+    from supsup.errors import DeterminismFault
+
+    def failing(*args: object) -> None:
+        raise DeterminismFault("block 3 differs")
+
+    monkeypatch.setattr(session, "run", failing)
+    status, _, err = supsup(*RUN)
+    assert status == 1
+    assert err == "supsup: block 3 differs\n"

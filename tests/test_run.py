@@ -98,7 +98,8 @@ def test_killed_and_resumed_gives_the_same_bank(whole, tmp_path):
     assert sha256(tmp_path, "killed") == sha256(whole, "whole")
 
 
-def test_interrupted_says_how_to_go_on(whole, tmp_path):
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_says_how_to_go_on(tmp_path, how, status):
     words = ("--name", "stopped", "--tasks", "14", "--workers", "1")
     command = subprocess.Popen(
         [SUPSUP, "run", "permuted-digits", *words, *QUICK],
@@ -107,9 +108,9 @@ def test_interrupted_says_how_to_go_on(whole, tmp_path):
         text=True,
     )
     wait_for(lambda: blocks(tmp_path, "stopped") >= 1)
-    command.send_signal(signal.SIGINT)
+    command.send_signal(how)
     _, err = command.communicate(timeout=60)
-    assert command.returncode == 130
+    assert command.returncode == status
     assert "go on with supsup resume stopped" in err
     assert "Traceback" not in err
 
