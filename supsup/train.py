@@ -302,7 +302,7 @@ def _make_update(device: torch.device) -> Update:
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         reason = one_line(error, 120)
         warnings.warn(
-            f"the score update runs uncompiled, about 3 times slower: {reason}; "
+            f"the score update runs uncompiled, about 2 times slower: {reason}; "
             "install a C++ compiler (g++)",
             SlowPath,
             stacklevel=2,
