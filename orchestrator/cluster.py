@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
 from supsup.train import native_bf16
+
+_REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ def _embedded(workers: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _running(address: str) -> Iterator[None]:
+    _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -117,6 +121,20 @@ def _running(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster at {address!r} ({one_line(error)}); start one with "
+            "ray start --head, or leave --address out"
+        ) from None
 
 
 def _probe(gpus: int) -> Machine:

@@ -89,7 +89,8 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     if name is not None and "auto" not in (config.train.device, config.train.precision):
         # All that is needed to refuse another configuration, before Ray starts.
         _folder(where.runs_dir, name, launch.recipe, make_manifest(config, data))
-    reporter.note("starting Ray" if where.address is None else f"connecting to {where.address}")
+    if where.address is None:
+        reporter.note("starting Ray")
     with connect(where.address, where.workers, config.train.device) as cluster:
         check_device(config.train.device, cluster.machine)
         machine = cluster.machine

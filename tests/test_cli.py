@@ -67,6 +67,8 @@ BAD = [
     ((*RUN, "--runs-dir", "/proc/x"), "no permission to write"),
     ((*RUN, "--tracking-uri", "ftp://x"), "the tracking URI must be"),
     ((*RUN, "--train.device", "tpu"), "train.device is tpu, must be one of"),
+    ((*RUN, "--address", "127.0.0.1:9"), "no Ray cluster at '127.0.0.1:9'"),
+    ((*RUN, "--address", "127.0.0.1:99999999"), "no Ray cluster at"),
     (("resume", "nothing"), "there is no run nothing"),
     (("resume", "../x"), "must be 1 to 64 of"),
     (("eval", "nothing"), "there is no run nothing"),
