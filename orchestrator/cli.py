@@ -305,6 +305,14 @@ def _open_bank(runs_dir: str, name: str) -> Any:
     return Bank.open(folder.path)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, taken the way that Ctrl-C is."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 class _StoppingCleanly:
     """Turn SIGTERM into an orderly end, and say how to go on."""
 
@@ -312,14 +320,13 @@ class _StoppingCleanly:
         self._name = name
 
     def __enter__(self) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+        signal.signal(signal.SIGTERM, _terminate)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt or kind is SystemExit:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
             go_on = f"supsup resume {self._name}" if self._name else "the same command"
             click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
-            # Ray's own handler of SIGTERM exits with another status.
-            sys.exit(_INTERRUPTED if kind is KeyboardInterrupt else _TERMINATED)
+            sys.exit(_TERMINATED if kind is _Terminated else _INTERRUPTED)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +64,10 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
     Raises:
         UserError: if there is no such cluster, or it lacks what the workers need.
     """
+    stop = signal.getsignal(signal.SIGTERM)
     with _embedded(workers) if address is None else _running(address):
+        # Ray puts a handler of its own there, which ends in an abort.
+        signal.signal(signal.SIGTERM, stop)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         machine = this_machine() if address is None else _probe(gpus)
