@@ -192,7 +192,7 @@ class RunJobs:
         )
         self._finished[learned] = checkpoint
         values = metrics(checkpoint, self._config.scenario, self._config.eval)
-        values["bank/bytes"] = float(self._bank.size())
+        values["bank/bytes"] = float(self._bank.size(learned))
         if self.trained:
             values["train/seconds_per_task"] = self._worker_seconds / self.trained
         self._tracker.metrics(values, learned)

@@ -22,6 +22,8 @@ from supsup.files import write_atomically
 
 EXPERIMENT = "supsup"
 IDENTITY_TAG = "supsup.identity"
+#: Opens the experiment in the page's view for training runs, not in the one for language models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _RETRY_SECONDS = 20.0
 _CLOSE_SECONDS = 60.0
 _HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -75,6 +77,18 @@ def _check_sqlite(path: Path) -> None:
         connection.close()
     except sqlite3.Error:
         raise ConfigError(f"the tracking URI's file {path} is no SQLite database") from None
+
+
+def experiment_id(store: Store) -> str:
+    """Return the id of this platform's experiment in a store, created at first."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store.uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    location = store.artifacts.as_uri() if store.artifacts else None
+    return str(client.create_experiment(EXPERIMENT, location, tags=_EXPERIMENT_TAGS))
 
 
 class Outbox:
@@ -223,20 +237,15 @@ class _MlflowSink:
         import mlflow
 
         client = mlflow.MlflowClient(tracking_uri=self._store.uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            location = self._store.artifacts.as_uri() if self._store.artifacts else None
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment = experiment_id(self._store)
         found = client.search_runs(
-            [experiment_id], f"tags.`{IDENTITY_TAG}` = '{self._identity}'", max_results=1
+            [experiment], f"tags.`{IDENTITY_TAG}` = '{self._identity}'", max_results=1
         )
         if found:
             self._run_id = found[0].info.run_id
         else:
             tags = {IDENTITY_TAG: self._identity}
-            created = client.create_run(experiment_id, tags=tags, run_name=self._name)
+            created = client.create_run(experiment, tags=tags, run_name=self._name)
             self._run_id = created.info.run_id
         self._client = client
 

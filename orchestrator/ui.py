@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 
-from orchestrator.tracking import local_store
+from orchestrator.tracking import experiment_id, local_store
 from supsup.errors import UserError
+
+#: Charts of training runs side by side; without it the page opens for language models.
+_VIEW = "workflowType=machine_learning&compareRunsMode=CHART"
 
 
 def serve(runs_dir: Path, port: int) -> None:
@@ -42,6 +45,7 @@ def serve(runs_dir: Path, port: int) -> None:
         "--default-artifact-root": str(store.artifacts),
     }
     words = [word for option in options.items() for word in option]
-    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id(store)}/runs?{_VIEW}"
+    click.echo(f"the curves of all runs: {page} (Ctrl-C ends it)")
     command = [sys.executable, "-m", "mlflow", "server", *words]
     subprocess.run(command, env=environment, check=False)

@@ -252,9 +252,13 @@ class Bank:
             raise BankError(f"{self.path} lacks task {expected}; it has no SHA-256 of {tasks}")
         return digest.hexdigest()
 
-    def size(self) -> int:
-        """Return the bytes of all blocks on disk."""
-        return sum(path.stat().st_size for _, path in self.blocks())
+    def size(self, learned: int | None = None) -> int:
+        """Return the bytes on disk of all blocks, or of those with the first ``learned`` tasks."""
+        return sum(
+            path.stat().st_size
+            for tasks, path in self.blocks()
+            if learned is None or tasks.start < learned
+        )
 
     # --- one block ---------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ os.environ |= {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
+import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,6 +27,13 @@ from supsup.train import BlockTrainer, TrainedBlock
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

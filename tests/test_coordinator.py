@@ -74,6 +74,7 @@ def test_a_run_trains_evaluates_and_shows(quick, bank, worker, trained, digits):
     assert notes.values[8]["gnu/accuracy/g-one-shot"] == pytest.approx(accuracy)
     assert notes.values[8]["gnu/accuracy"] == pytest.approx(expected.accuracy("h-shortlist", "gnu"))
     assert notes.values[8]["bank/bytes"] == bank.size()
+    assert notes.values[4]["bank/bytes"] < notes.values[8]["bank/bytes"]
     results = jobs.results("name", "digits")
     assert [checkpoint.learned for checkpoint in results.checkpoints] == [4, 8]
     np.testing.assert_array_equal(results.gg_correct, trained.gg_correct)

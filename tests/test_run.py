@@ -64,6 +64,8 @@ def test_the_run_is_in_mlflow_for_someone_who_was_told_nothing(whole):
     assert run.data.params["train.batches"] == "100"
     assert run.data.tags["tasks"] == "14"
     assert "number of tasks learned" in run.data.tags["mlflow.note.content"]
+    kind = client.get_experiment_by_name("supsup").tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     history = client.get_metric_history(run.info.run_id, "gnu/accuracy")
     assert [point.step for point in history] == [5, 14]
     assert run.data.metrics["gg/accuracy"] > 0.85

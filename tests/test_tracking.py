@@ -1,7 +1,6 @@
 """Tracking against a real SQLite store and a real MLflow server."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -71,20 +70,13 @@ def test_a_resumed_run_continues_its_mlflow_run_and_doubles_nothing(folder):
     assert run.info.status == "FINISHED"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.filterwarnings("ignore:MLflow can't be reached")
-def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeypatch):
+def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeypatch, free_port):
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
-    port = free_port()
-    store = store_for(f"http://127.0.0.1:{port}", folder.parent)
+    store = store_for(f"http://127.0.0.1:{free_port}", folder.parent)
     tracker = record_all(folder, store)
     assert not tracker.close("FINISHED")
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(free_port), "--workers", "1"]
     environment = os.environ | {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/server.db",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -93,7 +85,7 @@ def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeyp
         [*command, "--artifacts-destination", str(tmp_path / "artifacts")], env=environment
     )
     try:
-        wait_for(f"http://127.0.0.1:{port}/health")
+        wait_for(f"http://127.0.0.1:{free_port}/health")
         again = Tracker(folder, store, "one", "identity-1")
         assert again.close("FINISHED")
         client, (run,) = runs_in(store)

@@ -1,0 +1,46 @@
+"""The page: the real server, asked over HTTP."""
+
+import re
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from orchestrator.tracking import Tracker, local_store
+from tests.test_run import SUPSUP, wait_for
+
+
+def status(address: str, host: str | None = None) -> int:
+    request = urllib.request.Request(address, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_the_printed_address_opens_the_curves_and_no_other_host_does(tmp_path: Path, free_port):
+    tracker = Tracker(tmp_path, local_store(tmp_path), "run", "identity")
+    tracker.metrics({"gg/accuracy": 0.9}, step=10)
+    assert tracker.close("FINISHED")
+    command = [SUPSUP, "ui", "--runs-dir", str(tmp_path), "--port", str(free_port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stdout.readline()
+            page = re.search(r"http://127\.0\.0\.1:\d+/#/experiments/(\d+)/runs\?\S+", line)
+            assert page, line
+            root = f"http://127.0.0.1:{free_port}"
+            wait_for(lambda: status(root) == 200, 60)
+            api = f"{root}/api/2.0/mlflow/experiments/get?experiment_id={page[1]}"
+            with urllib.request.urlopen(api, timeout=5) as answer:
+                assert b'"supsup"' in answer.read()
+            assert status(root, host="elsewhere.example") == 403
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert server.returncode in (0, 130)
