@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +148,7 @@ def evaluate(
     given = options.given(fields)
     config = with_values(launch.config, given)
     settings = given | options.methods(config, objective, algorithm)
-    with _StoppingCleanly(None), reporter() as report:
+    with _saying_how_to_go_on(None), reporter() as report:
         outcome = session.evaluate(where, name, settings, _absolute(data_dir), tracking_uri, report)
     _finish(outcome, runs_dir)
 
@@ -255,7 +257,7 @@ def _run(where: "Where", launch: "Launch", name: str | None) -> None:
     from orchestrator import session
     from orchestrator.progress import reporter
 
-    with _StoppingCleanly(name), reporter() as report:
+    with _saying_how_to_go_on(name), reporter() as report:
         outcome = session.run(where, launch, name, report)
     _finish(outcome, str(where.runs_dir))
 
@@ -313,24 +315,19 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-class _StoppingCleanly:
-    """Turn SIGTERM into an orderly end, and say how to go on."""
-
-    def __init__(self, name: str | None) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            go_on = f"supsup resume {self._name}" if self._name else "the same command"
-            click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
-            sys.exit(_TERMINATED if kind is _Terminated else _INTERRUPTED)
+@contextmanager
+def _saying_how_to_go_on(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        go_on = f"supsup resume {name}" if name else "the same command"
+        click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
+        raise
 
 
 def main() -> None:
     """Run the command line; errors of the user are one line and exit status 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
@@ -342,8 +339,8 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(_INTERRUPTED)
+    except click.Abort as error:
+        sys.exit(_TERMINATED if isinstance(error.__cause__, _Terminated) else _INTERRUPTED)
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -1,9 +1,11 @@
 """The MLflow page on the store of a runs folder."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -48,4 +50,10 @@ def serve(runs_dir: Path, port: int) -> None:
     page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id(store)}/runs?{_VIEW}"
     click.echo(f"the curves of all runs: {page} (Ctrl-C ends it)")
     command = [sys.executable, "-m", "mlflow", "server", *words]
-    subprocess.run(command, env=environment, check=False)
+    # A session of its own: the server's children end with it, whoever ends this process.
+    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
+        try:
+            server.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
