@@ -68,7 +68,7 @@ class RunJobs:
         self._config, self._bank, self._folder = config, bank, folder
         self._tracker, self._reporter, self._put = tracker, reporter, put
         self._done, damaged = bank.intact()
-        for damage in damaged:
+        for damage in damaged if train else ():
             moved = bank.set_aside(damage)
             reporter.note(f"damaged: {damage}; moved to {moved}, its tasks are trained again")
         self._gg_correct = np.zeros(config.tasks, dtype=np.int64)

@@ -125,7 +125,8 @@ def evaluate(
         reporter: where progress goes.
 
     Raises:
-        UserError: if there is no such run, or more tasks are asked for than it learned.
+        UserError: if there is no such run, it is damaged, or more tasks are asked for than it
+            learned.
     """
     started = time.time()
     folder = RunFolder(where.runs_dir, name)
@@ -150,6 +151,9 @@ def evaluate(
         )
     config = dataclasses.replace(config, tasks=at[-1])
     data = _load(config, launch.data_dir)
+    needed = [damage for damage in bank.intact()[1] if damage.tasks.start < at[-1]]
+    if needed:
+        raise UserError(f"damaged: {needed[0]}; repair with supsup resume {name}")
     if data.sha256 != bank.manifest.dataset_sha256:
         raise UserError(f"the data set is not the one that {name} was trained on; see --data-dir")
     with (

@@ -132,6 +132,17 @@ def test_evaluating_more_tasks_than_there_are(supsup, kept_run, tmp_path):
     assert files(tmp_path) == before
 
 
+def test_evaluating_damaged_tasks_is_refused_and_moves_nothing(supsup, kept_run, tmp_path):
+    block = min((tmp_path / "runs" / kept_run / "blocks").iterdir())
+    block.write_bytes(block.read_bytes()[:-3])
+    before = files(tmp_path)
+    status, _, err = supsup("eval", kept_run, "--at", "4")
+    assert status == 2
+    assert block.name in err
+    assert "repair with supsup resume kept" in err
+    assert files(tmp_path) == before
+
+
 def test_a_second_run_on_a_bank_is_refused(supsup, kept_run, tmp_path):
     code = """
 import sys
