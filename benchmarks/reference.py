@@ -18,7 +18,7 @@ from supsup.datasets import Dataset
 from supsup.masking import initial_scores
 from supsup.models import fixed_weights
 from supsup.tasks import permutation
-from supsup.train import layers_of
+from supsup.material import layers_of
 
 
 class _Threshold(torch.autograd.Function):

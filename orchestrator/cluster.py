@@ -1,6 +1,8 @@
 """Ray: an embedded cluster for this run, or one that is running already."""
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -8,7 +10,8 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import torch
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
-from supsup.train import native_bf16
+from supsup.train import native_bf16, sparse_kernels
 
 _REACH_SECONDS = 5.0
 
@@ -30,14 +33,17 @@ class Machine:
 
     device: str
     native_bf16: bool
+    sparse_kernels: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A connected cluster and how many workers the run takes of it."""
+    """A cluster, and how many workers the run takes of it."""
 
     machine: Machine
     workers: int
+    started: Callable[[], AbstractContextManager[None]]
+    """Gives a context in which Ray runs; an embedded cluster runs in it alone."""
 
     def start_worker(self, setup: WorkerSetup, data: Any) -> Any:
         """Start one worker actor; ``data`` is the object reference of the data set."""
@@ -49,38 +55,52 @@ class Cluster:
 def this_machine() -> Machine:
     """Say what a worker on this machine would run on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Machine(device=device, native_bf16=native_bf16(device))
+    return Machine(device=device, native_bf16=native_bf16(device), sparse_kernels=sparse_kernels())
 
 
 @contextlib.contextmanager
 def connect(address: str | None, workers: int | None, device: str) -> Iterator[Cluster]:
-    """Connect to a cluster, or start one on this machine, and leave it at the end.
+    """Connect to a cluster, and leave it at the end; or prepare one on this machine.
 
     Args:
-        address: "auto" or an address of a running cluster; None starts one.
+        address: "auto" or an address of a running cluster; None embeds one.
         workers: how many workers; None takes the GPUs, else the cores.
         device: "cpu", "cuda" or "auto".
 
     Raises:
         UserError: if there is no such cluster, or it lacks what the workers need.
     """
-    stop = signal.getsignal(signal.SIGTERM)
-    with _embedded(workers) if address is None else _running(address):
-        # Ray puts a handler of its own there, which ends in an abort.
-        signal.signal(signal.SIGTERM, stop)
+    if address is None:
+        cores = max(len(os.sched_getaffinity(0)), (workers or 0) * THREADS)
+        gpus = torch.cuda.device_count()
+        started = functools.partial(_embedded, cores)
+        yield _cluster(this_machine(), gpus, cores, workers, device, started)
+        return
+    with _running(address):
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        machine = this_machine() if address is None else _probe(gpus)
-        if device != "auto":
-            machine = Machine(device=device, native_bf16=machine.native_bf16)
-        capacity = gpus if machine.device == "cuda" else cores // THREADS
-        if capacity < (workers or 1):
-            unit = "GPUs" if machine.device == "cuda" else "cores"
-            raise UserError(
-                f"--workers {workers or 1} needs as many {unit}, the cluster has {capacity}; "
-                "lower --workers, add nodes, or choose another --train.device"
-            )
-        yield Cluster(machine=machine, workers=workers or capacity)
+        yield _cluster(_probe(gpus), gpus, cores, workers, device, contextlib.nullcontext)
+
+
+def _cluster(
+    machine: Machine,
+    gpus: int,
+    cores: int,
+    workers: int | None,
+    device: str,
+    started: Callable[[], AbstractContextManager[None]],
+) -> Cluster:
+    """Return the cluster, checked for what the workers need."""
+    if device != "auto":
+        machine = dataclasses.replace(machine, device=device)
+    capacity = gpus if machine.device == "cuda" else cores // THREADS
+    if capacity < (workers or 1):
+        unit = "GPUs" if machine.device == "cuda" else "cores"
+        raise UserError(
+            f"--workers {workers or 1} needs as many {unit}, the cluster has {capacity}; "
+            "lower --workers, add nodes, or choose another --train.device"
+        )
+    return Cluster(machine=machine, workers=workers or capacity, started=started)
 
 
 def put_data(data: Dataset) -> Any:
@@ -89,22 +109,22 @@ def put_data(data: Dataset) -> Any:
 
 
 @contextlib.contextmanager
-def _embedded(workers: int | None) -> Iterator[None]:
+def _embedded(cores: int) -> Iterator[None]:
     """Run a private cluster whose files vanish with it."""
     if os.environ.get("RAY_AUTH_MODE") == "token":
         # A token of its own; Ray would leave one in the home folder.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folder = Path(tempfile.mkdtemp(prefix="supsup-"))
-    cores = len(os.sched_getaffinity(0))
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(cores, (workers or 0) * THREADS),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
+        with _own_signal_handler():
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
         yield
     finally:
         ray.shutdown()
@@ -115,7 +135,8 @@ def _embedded(workers: int | None) -> Iterator[None]:
 def _running(address: str) -> Iterator[None]:
     _check_reachable(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_signal_handler():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster at {address!r} ({one_line(error)}); start one with "
@@ -125,6 +146,14 @@ def _running(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signal_handler() -> Iterator[None]:
+    """Keep what SIGTERM does: Ray puts a handler of its own there, which ends in an abort."""
+    stop = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _check_reachable(address: str) -> None:

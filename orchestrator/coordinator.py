@@ -2,7 +2,8 @@
 
 ``RunJobs`` is the source of the pool's jobs. A block is committed to the bank the moment its
 result arrives. A checkpoint is evaluated as soon as all its tasks are learned, spread over the
-workers between the blocks of the tasks that follow.
+workers between the blocks of the tasks that follow. What is kept here of a task is one number,
+its accuracy; a checkpoint's masks live as long as the jobs that name them.
 """
 
 import time
@@ -12,18 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orchestrator.blocks import learned_prefix, remaining, split
+from orchestrator.blocks import LearnedPrefix, evaluation_jobs, remaining
 from orchestrator.pool import Failure, Job
 from orchestrator.progress import Reporter
 from orchestrator.report import Checkpoint, Results, metrics
 from orchestrator.runfolder import RunFolder
-from supsup.bank import Bank
+from supsup.bank import Bank, Stock
 from supsup.config import RunConfig
-from supsup.evaluate import Evaluation, merge
+from supsup.evaluate import Evaluation, decisions_per_task, merge
+from supsup.sampling import sampled_tasks
 from supsup.train import TrainedBlock
-
-#: Tasks that one evaluation job asks about. Any size gives the same counts.
-EVALUATION_TASKS = 5
 
 _TRAINED, _EVALUATED = "tasks trained", "tasks evaluated"
 
@@ -44,22 +43,26 @@ class RunJobs:
         config: RunConfig,
         checkpoints: Sequence[int],
         bank: Bank,
+        stock: Stock,
         folder: RunFolder,
         tracker: MetricSink,
         reporter: Reporter,
         put: Callable[[Any], Any],
+        workers: int,
         train: bool = True,
     ) -> None:
-        """Take stock of the bank.
+        """Take stock of the bank, and finish the checkpoints that no worker is needed for.
 
         Args:
             config: the resolved configuration; its tasks and evaluation are what to do.
             checkpoints: numbers of tasks learned to evaluate at, ascending.
             bank: the bank, locked by this process.
+            stock: what the bank holds.
             folder: where evaluations are kept.
             tracker: where metrics go.
             reporter: where progress goes.
             put: stores an object for all workers and returns its reference.
+            workers: how many work off the jobs.
             train: whether missing tasks are trained.
         """
         self.failures: list[str] = []
@@ -67,30 +70,36 @@ class RunJobs:
         self.first_block_at: float | None = None
         self._config, self._bank, self._folder = config, bank, folder
         self._tracker, self._reporter, self._put = tracker, reporter, put
-        self._done, damaged = bank.intact()
-        for damage in damaged if train else ():
+        self._workers = workers
+        for damage in stock.damaged if train else ():
             moved = bank.set_aside(damage)
             reporter.note(f"damaged: {damage}; moved to {moved}, its tasks are trained again")
+        self._prefix = LearnedPrefix(stock.tasks)
         self._gg_correct = np.zeros(config.tasks, dtype=np.int64)
-        for tasks in self._done:
-            self._note_gg(tasks.start, bank.read(tasks).gg_correct)
-        self._todo = deque(remaining(config.tasks, config.block_size, self._done) if train else ())
-        self._waiting = deque(checkpoints)
+        for tasks, gg_correct in zip(stock.tasks, stock.gg_correct, strict=True):
+            self._note_gg(tasks.start, gg_correct)
+        missing = remaining(config.tasks, config.block_size, stock.tasks) if train else []
+        self._todo = deque(missing)
         self._queue: deque[Job] = deque()
         self._parts: dict[int, list[Evaluation]] = {}
+        self._unanswered: dict[int, int] = {}
         self._finished: dict[int, Checkpoint] = {}
-        self._masks: Any = None
         self._worker_seconds = 0.0
         self._warned: set[str] = set()
-        missing = sum(len(block) for block in self._todo)
-        reporter.start(_TRAINED, config.tasks, config.tasks - missing)
+        reporter.start(_TRAINED, config.tasks, config.tasks - sum(len(block) for block in missing))
         if config.scenario != "gg":
-            reporter.start(_EVALUATED, sum(checkpoints))
+            reporter.start(_EVALUATED, sum(len(self._asked(k)) for k in checkpoints))
+        self._waiting = deque(k for k in checkpoints if not (k <= self.learned and self._settle(k)))
 
     @property
     def learned(self) -> int:
         """Tasks in the bank from task 0 on without a gap."""
-        return learned_prefix(self._done)
+        return self._prefix.length
+
+    @property
+    def widest(self) -> int:
+        """Jobs that can ever run side by side, at most; 0 if there is nothing to do."""
+        return max([len(self._todo), *(len(self._asked(k)) for k in self._waiting)])
 
     def results(self, name: str, dataset: str) -> Results | None:
         """Return what the run has to show so far; None before the first checkpoint."""
@@ -108,6 +117,10 @@ class RunJobs:
         )
 
     # --- JobSource -----------------------------------------------------------------------------
+
+    def left(self) -> int:
+        """Return how many jobs can start now, those of checkpoints not opened yet not counted."""
+        return len(self._queue) + len(self._todo)
 
     def next_job(self) -> Job | None:
         """Return an evaluation that is due, else the next block."""
@@ -143,7 +156,7 @@ class RunJobs:
 
     def _commit(self, block: TrainedBlock) -> None:
         self._bank.commit(block)
-        self._done.append(range(block.first, block.first + len(block.masks)))
+        self._prefix.add(range(block.first, block.first + len(block.masks)))
         self._note_gg(block.first, block.gg_correct)
         self.trained += len(block.masks)
         self._worker_seconds += block.seconds
@@ -161,27 +174,43 @@ class RunJobs:
         room = self._gg_correct[first : first + len(correct_T)]
         room[:] = correct_T[: len(room)]
 
+    def _asked(self, learned: int) -> tuple[int, ...]:
+        return sampled_tasks(self._config.seed, learned, self._config.eval.tasks)
+
+    def _settle(self, learned: int) -> bool:
+        """Finish a checkpoint that needs no worker, if it is one; say whether it was."""
+        if self._config.scenario == "gg":
+            self._finish(learned, None)
+            return True
+        asked = self._asked(learned)
+        stored = self._folder.read_evaluation(self._config.eval, learned, asked)
+        if stored is None:
+            return False
+        self._reporter.advance(_EVALUATED, len(asked))
+        self._finish(learned, stored)
+        return True
+
     def _open_checkpoint(self, learned: int) -> None:
-        stored = self._folder.read_evaluation(self._config.eval, learned)
-        if self._config.scenario == "gg" or stored is not None:
-            if stored is not None:
-                self._reporter.advance(_EVALUATED, learned)
-            self._finish(learned, None if self._config.scenario == "gg" else stored)
+        """Queue the jobs of a checkpoint. They alone hold the reference of its masks."""
+        if self._settle(learned):
             return
-        self._masks = self._put(self._bank.read(range(learned)).masks)
-        self._parts[learned] = []
-        for tasks in split(range(learned), EVALUATION_TASKS):
-            args = (self._config.eval, self._masks, learned, tasks)
+        asked, settings = self._asked(learned), self._config.eval
+        masks = self._put(self._bank.read(range(learned)).masks)
+        self._parts[learned], self._unanswered[learned] = [], len(asked)
+        decisions = decisions_per_task(settings, self._bank.manifest.test_images)
+        for tasks in evaluation_jobs(asked, decisions, self._workers):
+            args = (settings, masks, learned, tasks)
             self._queue.append(Job("evaluate", args, tag=("evaluate", learned, tasks)))
 
     def _add(self, part: Evaluation) -> None:
-        parts = self._parts[part.learned]
-        parts.append(part)
-        self._reporter.advance(_EVALUATED, part.counts.shape[1])
-        if sum(p.counts.shape[1] for p in parts) == part.learned:
-            whole = merge(self._parts.pop(part.learned))
+        learned = part.learned
+        self._parts[learned].append(part)
+        self._unanswered[learned] -= len(part.tasks)
+        self._reporter.advance(_EVALUATED, len(part.tasks))
+        if not self._unanswered[learned]:
+            whole = merge(self._parts.pop(learned))
             self._folder.write_evaluation(self._config.eval, whole)
-            self._finish(part.learned, whole)
+            self._finish(learned, whole)
 
     def _finish(self, learned: int, evaluation: Evaluation | None) -> None:
         images = learned * self._bank.manifest.test_images
@@ -191,7 +220,8 @@ class RunJobs:
             evaluation=evaluation,
         )
         self._finished[learned] = checkpoint
-        values = metrics(checkpoint, self._config.scenario, self._config.eval)
+        test_images = self._bank.manifest.test_images
+        values = metrics(checkpoint, self._config.scenario, self._config.eval, test_images)
         values["bank/bytes"] = float(self._bank.size(learned))
         if self.trained:
             values["train/seconds_per_task"] = self._worker_seconds / self.trained
@@ -201,7 +231,7 @@ class RunJobs:
 
 def _describe(job: Job) -> str:
     tasks = job.tag[-1]
-    name = f"tasks {tasks.start} to {tasks[-1]}"
+    name = f"tasks {tasks[0]} to {tasks[-1]}"
     return name if job.method == "train" else f"evaluation of {name} among {job.tag[1]}"
 
 

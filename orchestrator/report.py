@@ -2,9 +2,12 @@
 
 import csv
 import io
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,10 @@ from supsup.evaluate import COUNTS, Evaluation
 from supsup.files import write_atomically
 
 _OBJECTIVE_NAMES = {"h": "H", "g": "G"}
+_SCENARIO_NAMES = {"gns": "GNs", "gnu": "GNu"}
+#: The part of an axis that a tick's label needs, and the percents that an axis spans at least.
+_LABEL_ROOM, _LEAST_SPAN = 0.08, 3
+Curve = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +57,19 @@ def label(method: str, settings: EvalConfig) -> str:
     return name
 
 
-def metrics(checkpoint: Checkpoint, scenario: str, settings: EvalConfig) -> dict[str, float]:
+def metrics(
+    checkpoint: Checkpoint, scenario: str, settings: EvalConfig, test_images: int
+) -> dict[str, float]:
     """Return the metrics of a checkpoint by their MLflow keys."""
     values = {"gg/accuracy": checkpoint.gg_accuracy}
     evaluation = checkpoint.evaluation
     if evaluation is None:
         return values
-    values[f"{scenario}/accuracy"] = evaluation.accuracy(evaluation.methods[0], scenario)
+    headline = evaluation.methods[0]
+    values[f"{scenario}/accuracy"] = evaluation.accuracy(headline, scenario)
+    half_width = evaluation.accuracy_half_width(headline, scenario, test_images)
+    if math.isfinite(half_width) and evaluation.is_sample(test_images):
+        values[f"{scenario}/accuracy_ci95"] = half_width
     for method in evaluation.methods:
         key = label(method, settings)
         values[f"{scenario}/accuracy/{key}"] = evaluation.accuracy(method, scenario)
@@ -66,9 +79,13 @@ def metrics(checkpoint: Checkpoint, scenario: str, settings: EvalConfig) -> dict
 
 def table(results: Results) -> Table:
     """Return the table of accuracies (in %) against tasks learned."""
-    upper = {"gns": "GNs", "gnu": "GNu"}.get(results.scenario, "")
-    shown = Table(title=f"{results.name}: accuracy in % on {results.dataset}")
-    shown.add_column("tasks learned", justify="right")
+    upper = _SCENARIO_NAMES.get(results.scenario, "")
+    shown = Table(
+        title=f"{results.name}: accuracy in % on {results.dataset}",
+        caption=sample_note(results),
+        caption_justify="left",
+    )
+    shown.add_column("tasks\nlearned", justify="right")
     shown.add_column("GG", justify="right")
     methods = results.settings.methods if upper else ()
     for method in methods:
@@ -78,11 +95,35 @@ def table(results: Results) -> Table:
         row = [str(checkpoint.learned), f"{100 * checkpoint.gg_accuracy:.2f}"]
         if checkpoint.evaluation is not None:
             for method in methods:
-                accuracy = checkpoint.evaluation.accuracy(method, results.scenario)
-                found = checkpoint.evaluation.task_accuracy(method)
-                row.append(f"{100 * accuracy:.2f} ({100 * found:.2f})")
+                row.append(_cell(checkpoint.evaluation, method, results))
         shown.add_row(*row)
     return shown
+
+
+def _cell(evaluation: Evaluation, method: str, results: Results) -> str:
+    """Return ``accuracy (task found)`` in %, with the 95 % interval if it is an estimate."""
+    text = f"{100 * evaluation.accuracy(method, results.scenario):.2f}"
+    if evaluation.is_sample(results.test_images):
+        width = evaluation.accuracy_half_width(method, results.scenario, results.test_images)
+        text += " ± ?" if math.isnan(width) else f" ± {100 * width:.2f}"
+    return f"{text} ({100 * evaluation.task_accuracy(method):.2f})"
+
+
+def sample_note(results: Results) -> str | None:
+    """Say what the estimates rest on; None if every task and image was asked about."""
+    evaluation = results.checkpoints[-1].evaluation
+    if evaluation is None or not evaluation.is_sample(results.test_images):
+        return None
+    tasks, images = len(evaluation.tasks), evaluation.images_per_task
+    return (
+        f"{_SCENARIO_NAMES[results.scenario]} at {evaluation.learned} tasks: estimate from "
+        f"{_part(tasks, evaluation.learned)} tasks, {_part(images, results.test_images)} test "
+        "images of each; ± is the 95 % interval"
+    )
+
+
+def _part(some: int, total: int) -> str:
+    return f"all {total}" if some == total else f"{some} of {total}"
 
 
 def method_name(method: str, settings: EvalConfig) -> str:
@@ -116,63 +157,144 @@ def _csv(rows: Sequence[Sequence[object]]) -> bytes:
 
 
 def _per_task(results: Results) -> bytes:
-    """One row per task: GG accuracy, and by each method how often it was found, after all."""
+    """One row per task: GG accuracy, and by each method how often it was found, after all.
+
+    A task that the evaluation didn't ask about has GG alone.
+    """
     evaluation = results.checkpoints[-1].evaluation
     methods = evaluation.methods if evaluation else ()
     header = ["task", "gg_accuracy"]
     for method in methods:
         key = label(method, results.settings)
         header += [f"{results.scenario}_accuracy {key}", f"task_accuracy {key}"]
+    inferred = _inferred_rates(evaluation, results.scenario) if evaluation else {}
+    blank = [""] * (len(header) - 2)
     rows: list[list[object]] = [list(header)]
-    hits = COUNTS.index(f"{results.scenario}_hits") if evaluation else 0
     for task, correct in enumerate(results.gg_correct):
-        row: list[object] = [task, f"{correct / results.test_images:.4f}"]
-        if evaluation:
-            for counts in evaluation.counts[:, task]:
-                row += [f"{counts[hits] / counts[2]:.4f}", f"{counts[1] / counts[0]:.4f}"]
-        rows.append(row)
+        gg_accuracy = f"{correct / results.test_images:.4f}"
+        rows.append([task, gg_accuracy, *inferred.get(task, blank)])
     return _csv(rows)
+
+
+def _inferred_rates(evaluation: Evaluation, scenario: str) -> dict[int, list[str]]:
+    """Return accuracy and task accuracy of each method in turn, by task."""
+    column = {name: evaluation.counts[..., i] for i, name in enumerate(COUNTS)}
+    rates_MT2 = np.stack(
+        [
+            column[f"{scenario}_hits"] / column["images"],
+            column["task_hits"] / column["decisions"],
+        ],
+        axis=-1,
+    )
+    return {
+        task: [f"{rate:.4f}" for rate in rates_M2.flat]
+        for task, rates_M2 in zip(evaluation.tasks, rates_MT2.swapaxes(0, 1), strict=True)
+    }
 
 
 def _per_checkpoint(results: Results) -> bytes:
-    keys = list(metrics(results.checkpoints[-1], results.scenario, results.settings))
-    rows: list[list[object]] = [["tasks_learned", *keys]]
-    for checkpoint in results.checkpoints:
-        values = metrics(checkpoint, results.scenario, results.settings)
-        rows.append([checkpoint.learned, *(f"{values[key]:.6f}" for key in keys)])
-    return _csv(rows)
+    """One row per checkpoint: its metrics, what was asked, and 95 % half-widths."""
+    columns = [_checkpoint_columns(checkpoint, results) for checkpoint in results.checkpoints]
+    keys = list(columns[-1])
+    return _csv([keys, *([values[key] for key in keys] for values in columns)])
+
+
+def _checkpoint_columns(checkpoint: Checkpoint, results: Results) -> dict[str, object]:
+    scenario, settings = results.scenario, results.settings
+    values = metrics(checkpoint, scenario, settings, results.test_images)
+    values.pop(f"{scenario}/accuracy_ci95", None)
+    columns: dict[str, object] = {"tasks_learned": checkpoint.learned}
+    columns |= {key: f"{value:.6f}" for key, value in values.items()}
+    if evaluation := checkpoint.evaluation:
+        columns |= {
+            "tasks_asked": len(evaluation.tasks),
+            "images_per_task": evaluation.images_per_task,
+        }
+        for method in evaluation.methods:
+            key, of = label(method, settings), results.test_images
+            width = evaluation.accuracy_half_width(method, scenario, of)
+            columns[f"{scenario}/accuracy/{key} ±95"] = f"{width:.6f}"
+            width = evaluation.task_accuracy_half_width(method, of)
+            columns[f"{scenario}/task_accuracy/{key} ±95"] = f"{width:.6f}"
+    return columns
 
 
 def _picture(results: Results) -> bytes:
-    """Accuracy against tasks learned, as in the paper's Figures 3 and 4."""
+    """Accuracy against tasks learned, one line per method, as in the paper's Figure 4."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    curves = _curves(results)
     learned = [checkpoint.learned for checkpoint in results.checkpoints]
-    gg = [100 * checkpoint.gg_accuracy for checkpoint in results.checkpoints]
-    axes.plot(learned, gg, "k--", marker="o", label="GG: task given (upper bound)")
-    scenario = {"gns": "GNs", "gnu": "GNu"}.get(results.scenario, "")
-    lowest = min(gg)
-    for method in results.settings.methods if scenario else ():
-        values = [
-            100 * checkpoint.evaluation.accuracy(method, results.scenario)
-            for checkpoint in results.checkpoints
-            if checkpoint.evaluation
-        ]
-        name = method_name(method, results.settings)
-        axes.plot(learned, values, marker="o", label=f"{scenario}: task inferred by {name}")
-        lowest = min(lowest, *values)
-    if max(learned) > 20 * min(learned):
-        axes.set_xscale("log")
-    axes.set_xticks(learned, [str(k) for k in learned])
+    for (name, (values, widths)), marker in zip(curves.items(), itertools.cycle("os^Dv")):
+        (line,) = axes.plot(learned, values, marker=marker, markersize=5, label=name)
+        band = (values - widths, values + widths)
+        axes.fill_between(learned, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+    gg = np.array([100 * checkpoint.gg_accuracy for checkpoint in results.checkpoints])
+    axes.plot(learned, gg, "k--", linewidth=1.2, label="GG: task given (upper bound)")
+    scale = axis_scale(learned)
+    axes.set_xscale(scale)
+    shown = spread_ticks(learned, scale)
+    axes.set_xticks(shown, [f"{k:,}" for k in shown])
     axes.minorticks_off()
-    axes.set_ylim(max(0, lowest - 2), 100)
+    axes.set_ylim(*_limits([gg, *(values for values, _ in curves.values())]))
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{results.name} ({results.dataset})")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    # Below the axes: wherever the curves go, it hides none of them.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    if note := sample_note(results):
+        axes.set_xlabel(f"tasks learned\n{note.replace('±', 'band')}", fontsize=9)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()
+
+
+def _curves(results: Results) -> dict[str, tuple[Curve, Curve]]:
+    """Return accuracies in % and their 95 % half-widths at the checkpoints, by name."""
+    evaluations = [c.evaluation for c in results.checkpoints if c.evaluation]
+    if not evaluations:
+        return {}
+    scenario, of = results.scenario, results.test_images
+    return {
+        f"{_SCENARIO_NAMES[scenario]}: task inferred by {method_name(method, results.settings)}": (
+            100 * np.array([e.accuracy(method, scenario) for e in evaluations]),
+            100 * np.array([e.accuracy_half_width(method, scenario, of) for e in evaluations]),
+        )
+        for method in results.settings.methods
+    }
+
+
+def axis_scale(ticks: Sequence[int]) -> Literal["linear", "log"]:
+    """Return the scale on which the closest two of the ascending ticks are further apart."""
+    if len(ticks) < 2:
+        return "linear"
+    linear, log = (_fractions(ticks, scale) for scale in ("linear", "log"))
+    return "linear" if np.diff(linear).min() >= np.diff(log).min() else "log"
+
+
+def spread_ticks(ticks: Sequence[int], scale: str) -> list[int]:
+    """Return the ascending ticks whose labels have room, the last one among them."""
+    shown: list[int] = []
+    edge = math.inf
+    for tick, place in zip(reversed(ticks), reversed(_fractions(ticks, scale)), strict=True):
+        if edge - place >= _LABEL_ROOM:
+            shown.insert(0, tick)
+            edge = place
+    return shown
+
+
+def _fractions(ticks: Sequence[int], scale: str) -> list[float]:
+    """Return where the ticks are on the axis, from 0 to 1."""
+    places = np.log(ticks) if scale == "log" else np.array(ticks, dtype=float)
+    length = places[-1] - places[0] or 1.0
+    return list((places - places[0]) / length)
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the ends of the accuracy axis: whole percents with all values well inside."""
+    lowest, highest = min(c.min() for c in curves), max(c.max() for c in curves)
+    bottom, top = math.floor(lowest - 0.5), min(100, math.ceil(highest + 0.5))
+    return max(0, min(bottom, top - _LEAST_SPAN)), top

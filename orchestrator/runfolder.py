@@ -107,6 +107,7 @@ class RunFolder:
             "settings": _settings(settings),
             "columns": COUNTS,
             "learned": evaluation.learned,
+            "tasks": evaluation.tasks,
             "methods": evaluation.methods,
             "counts": evaluation.counts.tolist(),
         }
@@ -114,16 +115,19 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(body).encode())
 
-    def read_evaluation(self, settings: EvalConfig, learned: int) -> Evaluation | None:
-        """Return a stored evaluation with these settings; None if there is none to be trusted."""
+    def read_evaluation(
+        self, settings: EvalConfig, learned: int, tasks: tuple[int, ...]
+    ) -> Evaluation | None:
+        """Return a stored evaluation of these tasks; None if there is none to be trusted."""
         try:
             body = json.loads(self._evaluation_file(settings, learned).read_bytes())
             counts = np.array(body["counts"], dtype=np.int64)
+            same = body["tasks"] == list(tasks)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if counts.shape != (len(settings.methods), learned, len(COUNTS)):
+        if not same or counts.shape != (len(settings.methods), len(tasks), len(COUNTS)):
             return None
-        return Evaluation(learned=learned, first=0, methods=settings.methods, counts=counts)
+        return Evaluation(learned=learned, tasks=tasks, methods=settings.methods, counts=counts)
 
     def _evaluation_file(self, settings: EvalConfig, learned: int) -> Path:
         text = json.dumps(_settings(settings), sort_keys=True)
@@ -158,8 +162,7 @@ def find_run(runs_dir: Path, fingerprint: str) -> str | None:
 def _settings(settings: EvalConfig) -> dict[str, Any]:
     """Return what shapes an evaluation of a given number of tasks."""
     body: dict[str, Any] = _EVAL.dump_python(settings, mode="json")
-    del body["at"]
-    return body
+    return {name: value for name, value in body.items() if name not in ("at", "memory_mb")}
 
 
 def _printable(text: str) -> str:

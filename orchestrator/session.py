@@ -17,19 +17,20 @@ import ray
 from orchestrator import report
 from orchestrator.blocks import learned_prefix
 from orchestrator.cluster import Cluster, check_device, connect, put_data
-from orchestrator.coordinator import EVALUATION_TASKS, RunJobs
+from orchestrator.coordinator import RunJobs
 from orchestrator.pool import WorkerPool
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
 from orchestrator.tracking import Store, Tracker, store_for
 from orchestrator.worker import WorkerSetup
-from supsup.bank import Bank, locked
+from supsup.bank import Bank, Stock, locked
 from supsup.config import (
     RunConfig,
     as_text,
     checkpoints,
     config_fields,
     get_field,
+    is_auto,
     resolve,
     training_fields,
     with_values,
@@ -38,7 +39,8 @@ from supsup.datasets import Dataset, default_data_dir, load_dataset
 from supsup.errors import ConfigError, UserError
 from supsup.inference import check_methods
 from supsup.manifest import Manifest, make_manifest
-from supsup.train import layers_of
+from supsup.material import layers_of
+from supsup.sparse import mostly_background
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,18 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     if name is not None:
         config = _like_existing(config, RunFolder(where.runs_dir, name))
     data = _load(config, launch.data_dir)
-    if name is not None and "auto" not in (config.train.device, config.train.precision):
+    if name is not None and not is_auto(config):
         # All that is needed to refuse another configuration, before Ray starts.
         _folder(where.runs_dir, name, launch.recipe, make_manifest(config, data))
-    if where.address is None:
-        reporter.note("starting Ray")
     with connect(where.address, where.workers, config.train.device) as cluster:
         check_device(config.train.device, cluster.machine)
         machine = cluster.machine
-        config = resolve(config, device=machine.device, native_bf16=machine.native_bf16)
+        config = resolve(
+            config,
+            device=machine.device,
+            native_bf16=machine.native_bf16,
+            sparse=machine.sparse_kernels and mostly_background(data),
+        )
         manifest = make_manifest(config, data)
         folder = _folder(where.runs_dir, name, launch.recipe, manifest)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -102,8 +107,9 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
             bank = _open_or_create(folder, manifest)
             launch = dataclasses.replace(launch, identity=folder.identity() or launch.identity)
             folder.write_launch(launch)
+            bank.discard_leftovers()
             task = _Task(cluster, config, checkpoints(config), data, bank, folder, reporter)
-            return task.work(store, launch, folder.path / "report", started)
+            return task.work(bank.stock(), store, launch, folder.path / "report", started)
 
 
 def evaluate(
@@ -151,7 +157,8 @@ def evaluate(
         )
     config = dataclasses.replace(config, tasks=at[-1])
     data = _load(config, launch.data_dir)
-    needed = [damage for damage in bank.intact()[1] if damage.tasks.start < at[-1]]
+    stock = bank.stock()
+    needed = [damage for damage in stock.damaged if damage.tasks.start < at[-1]]
     if needed:
         raise UserError(f"damaged: {needed[0]}; repair with supsup resume {name}")
     if data.sha256 != bank.manifest.dataset_sha256:
@@ -162,7 +169,8 @@ def evaluate(
     ):
         labels = [report.label(method, config.eval) for method in config.eval.methods]
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
-        return task.work(store, launch, folder.path / "report" / "+".join(labels), started)
+        report_dir = folder.path / "report" / "+".join(labels)
+        return task.work(stock, store, launch, report_dir, started)
 
 
 class _Task:
@@ -182,13 +190,14 @@ class _Task:
         self._cluster, self._config, self._at, self._data = cluster, config, at, data
         self._bank, self._folder, self._reporter, self._train = bank, folder, reporter, train
 
-    def work(self, store: Store, launch: Launch, report_dir: Path, started: float) -> Outcome:
+    def work(
+        self, stock: Stock, store: Store, launch: Launch, report_dir: Path, started: float
+    ) -> Outcome:
         train = self._config.train
         self._reporter.note(
             f"run {self._folder.name}: {self._config.tasks} tasks on {self._cluster.workers} "
             f"workers ({train.device}, {train.precision})"
         )
-        self._bank.discard_leftovers()
         with _tracking(self._folder, store, launch) as tracking:
             if self._train:
                 tracking.tracker.begin(*self._description())
@@ -196,13 +205,16 @@ class _Task:
                 config=self._config,
                 checkpoints=self._at,
                 bank=self._bank,
+                stock=stock,
                 folder=self._folder,
                 tracker=tracking.tracker,
                 reporter=self._reporter,
                 put=ray.put,
+                workers=self._cluster.workers,
                 train=self._train,
             )
-            self._run_pool(jobs)
+            if jobs.widest:
+                self._run_pool(jobs)
             results = jobs.results(self._folder.name, self._config.dataset)
             files = report.write(results, report_dir) if results else []
             for path in files:
@@ -224,18 +236,17 @@ class _Task:
         )
 
     def _run_pool(self, jobs: RunJobs) -> None:
-        config = self._config
-        blocks = -(-config.tasks // config.block_size)
-        most = blocks + sum(-(-k // EVALUATION_TASKS) for k in self._at)
-        setup = WorkerSetup(config=config, weights_sha256=self._bank.manifest.weights_sha256)
-        data = put_data(self._data)
-        pool = WorkerPool(
-            lambda: self._cluster.start_worker(setup, data), min(self._cluster.workers, most)
-        )
-        try:
-            pool.run(jobs)
-        finally:
-            pool.close()
+        manifest = self._bank.manifest
+        setup = WorkerSetup(config=self._config, weights_sha256=manifest.weights_sha256)
+        self._reporter.note("starting the workers")
+        with self._cluster.started():
+            data = put_data(self._data)
+            size = min(self._cluster.workers, jobs.widest)
+            pool = WorkerPool(lambda: self._cluster.start_worker(setup, data), size)
+            try:
+                pool.run(jobs)
+            finally:
+                pool.close()
 
     def _description(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the parameters, which never change, and the tags of the MLflow run."""
@@ -293,7 +304,12 @@ def _like_existing(config: RunConfig, folder: RunFolder) -> RunConfig:
     if not folder.has_bank:
         return config
     train = Bank.open(folder.path).manifest.config.train
-    return resolve(config, device=train.device, native_bf16=train.precision == "bf16")
+    return resolve(
+        config,
+        device=train.device,
+        native_bf16=train.precision == "bf16",
+        sparse=train.engine == "sparse",
+    )
 
 
 def _folder(runs_dir: Path, name: str | None, recipe: str, manifest: Manifest) -> RunFolder:

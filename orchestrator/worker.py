@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,8 +15,9 @@ from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import SlowPath
 from supsup.evaluate import Evaluation, Evaluator
+from supsup.material import layers_of
 from supsup.models import fixed_weights, weights_sha256
-from supsup.train import BlockTrainer, TrainedBlock, layers_of
+from supsup.train import BlockTrainer, TrainedBlock
 
 #: Threads of a worker. One: matrix products of this size gain nothing from sharing cores.
 THREADS = 1
@@ -58,7 +60,11 @@ class TaskWorker:
         return Trained(block=block, slow=slow)
 
     def evaluate(
-        self, evaluation: EvalConfig, masks_TB: npt.NDArray[np.uint8], learned: int, tasks: range
+        self,
+        evaluation: EvalConfig,
+        masks_TB: npt.NDArray[np.uint8],
+        learned: int,
+        tasks: Sequence[int],
     ) -> Evaluation:
         """Evaluate some tasks among the first ``learned`` masks."""
         return self._evaluator.evaluate(evaluation, masks_TB, learned, tasks)

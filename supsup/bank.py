@@ -57,6 +57,17 @@ class Rows:
     loss: npt.NDArray[np.float32]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stock:
+    """What a bank holds, every block of it read and checked."""
+
+    tasks: list[range]
+    """The tasks of each block that can be trusted, in order."""
+    gg_correct: list[npt.NDArray[np.int64]]
+    """Test images that are right when the task is given, per task of each of those blocks."""
+    damaged: list[Damage]
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a bank, or the folder that it will be in, for writing.
@@ -202,16 +213,25 @@ class Bank:
                 )
         return found
 
-    def verify(self) -> Iterator[tuple[range, Damage | None]]:
-        """Read every block in full; yield its tasks and what is wrong with it, if anything."""
+    def verify(self) -> Iterator[tuple[range, Rows | Damage]]:
+        """Read every block in full; yield its tasks, and its rows or what is wrong with it."""
         for tasks, path in self.blocks():
-            yield tasks, self._damage(tasks, path)
+            try:
+                yield tasks, self._read_block(tasks, path, tasks)
+            except BankError as error:
+                reason = str(error).rpartition(" is damaged: ")[2]
+                yield tasks, Damage(path, tasks, reason)
 
-    def intact(self) -> tuple[list[range], list[Damage]]:
-        """Return the tasks of the blocks that can be trusted, and the blocks that can't."""
-        verdicts = list(self.verify())
-        good = [tasks for tasks, damage in verdicts if damage is None]
-        return good, [damage for _, damage in verdicts if damage is not None]
+    def stock(self) -> Stock:
+        """Read and check every block, and say what there is; keeps none of the masks."""
+        stock = Stock(tasks=[], gg_correct=[], damaged=[])
+        for tasks, found in self.verify():
+            if isinstance(found, Damage):
+                stock.damaged.append(found)
+            else:
+                stock.tasks.append(tasks)
+                stock.gg_correct.append(found.gg_correct)
+        return stock
 
     def read(self, tasks: range) -> Rows:
         """Return the rows of some tasks, checked. Reads those tasks' bytes alone.
@@ -219,37 +239,27 @@ class Bank:
         Raises:
             BankError: if a task is missing or damaged; names it.
         """
-        parts = []
-        expected = tasks.start
-        for block, path in self.blocks():
-            wanted = range(max(block.start, tasks.start), min(block.stop, tasks.stop))
-            if not wanted:
-                continue
-            if wanted.start != expected:
-                break
-            parts.append(self._read_block(block, path, wanted))
-            expected = wanted.stop
-        if expected != tasks.stop:
-            raise BankError(
-                f"{self.path} lacks task {expected}; train it with supsup resume {self.path.name}"
-            )
-        return Rows(
-            masks=np.concatenate([part.masks for part in parts]),
-            gg_correct=np.concatenate([part.gg_correct for part in parts]),
-            loss=np.concatenate([part.loss for part in parts]),
+        count = len(tasks)
+        rows = Rows(
+            masks=np.empty((count, self.manifest.mask_bytes), np.uint8),
+            gg_correct=np.empty(count, np.int64),
+            loss=np.empty(count, np.float32),
         )
+        for wanted, part in self._read_through(tasks):
+            place = slice(wanted.start - tasks.start, wanted.stop - tasks.start)
+            for name in _ROW_TENSORS:
+                getattr(rows, name)[place] = getattr(part, name)
+        return rows
 
     def sha256(self, tasks: int) -> str:
-        """Return the SHA-256 over the masks of the first tasks, in task order."""
+        """Return the SHA-256 over the masks of the first tasks, in task order.
+
+        Raises:
+            BankError: if one of them is missing or damaged; names it.
+        """
         digest = hashlib.sha256()
-        expected = 0
-        for block, path in self.blocks():
-            wanted = range(block.start, min(block.stop, tasks))
-            if wanted and wanted.start == expected:
-                digest.update(self._read_block(block, path, wanted).masks.data)
-                expected = wanted.stop
-        if expected != tasks:
-            raise BankError(f"{self.path} lacks task {expected}; it has no SHA-256 of {tasks}")
+        for _, part in self._read_through(range(tasks)):
+            digest.update(part.masks.data)
         return digest.hexdigest()
 
     def size(self, learned: int | None = None) -> int:
@@ -287,6 +297,25 @@ class Bank:
         }
         return safetensors.numpy.save(tensors, metadata={"supsup": json.dumps(header)})
 
+    def _read_through(self, tasks: range) -> Iterator[tuple[range, Rows]]:
+        """Yield some tasks with their rows, block by block in order.
+
+        Raises:
+            BankError: if a task is missing or damaged; names it.
+        """
+        expected = tasks.start
+        for block, path in self.blocks():
+            wanted = range(max(block.start, expected), min(block.stop, tasks.stop))
+            if wanted.start != expected:
+                break
+            if wanted:
+                yield wanted, self._read_block(block, path, wanted)
+                expected = wanted.stop
+        if expected != tasks.stop:
+            raise BankError(
+                f"{self.path} lacks task {expected}; train it with supsup resume {self.path.name}"
+            )
+
     def _read_block(self, block: range, path: Path, wanted: range) -> Rows:
         """Read some tasks of a block through a memory map.
 
@@ -313,13 +342,6 @@ class Bank:
         if problem:
             raise BankError(self._damaged(block, path, problem))
         return rows
-
-    def _damage(self, block: range, path: Path) -> Damage | None:
-        try:
-            self._read_block(block, path, block)
-        except BankError as error:
-            return Damage(path, block, str(error).rpartition(" is damaged: ")[2])
-        return None
 
     def _damaged(self, block: range, path: Path, reason: str) -> str:
         return f"{path.name} (tasks {block.start} to {block[-1]}) is damaged: {reason}"

@@ -24,9 +24,21 @@ from supsup.errors import ConfigError
 MAX_TASKS = 10_000_000
 DATASETS = ("digits", "mnist", "fashion-mnist")
 Scenario = Literal["gg", "gns", "gnu"]
-Method = Literal["h-shortlist", "h-one-shot", "g-shortlist", "g-one-shot"]
 OBJECTIVES = ("h", "g")
-ALGORITHMS = ("shortlist", "one-shot")
+ALGORITHMS = ("shortlist", "one-shot", "sketch", "binary", "gradient-descent", "all-masks")
+Method = Literal[
+    "h-shortlist",
+    "h-one-shot",
+    "h-sketch",
+    "h-binary",
+    "h-gradient-descent",
+    "h-all-masks",
+    "g-shortlist",
+    "g-one-shot",
+    "g-sketch",
+    "g-binary",
+    "g-gradient-descent",
+]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -75,6 +87,13 @@ class TrainConfig:
     device: Annotated[
         Literal["auto", "cpu", "cuda"], _setting("where blocks are trained; auto: GPUs if any")
     ] = "auto"
+    engine: Annotated[
+        Literal["auto", "dense", "sparse"],
+        _setting(
+            "sparse skips background pixels (CPUs with AVX512-BF16, bf16); auto: sparse where it "
+            "can be had and most pixels are background"
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -97,9 +116,39 @@ class EvalConfig:
     images: Annotated[
         int, _setting("test images per task, drawn by seed; 0: the whole test set", ge=0)
     ] = 200
+    tasks: Annotated[
+        int,
+        _setting(
+            "tasks asked about at each checkpoint, drawn by seed and spread evenly; 0: all of them",
+            ge=0,
+            le=MAX_TASKS,
+        ),
+    ] = 0
     shortlist: Annotated[
-        int, _setting("masks that the shortlist algorithm runs per decision", ge=1, le=4096)
+        int,
+        _setting(
+            "masks that shortlist runs per decision, and that sketch looks at in full",
+            ge=1,
+            le=4096,
+        ),
     ] = 16
+    sketch: Annotated[
+        float,
+        _setting(
+            "part of the weights, those of the largest gradient, that the sketch algorithm looks "
+            "at for every mask",
+            gt=0,
+            le=1,
+        ),
+    ] = 0.06
+    memory_mb: Annotated[
+        int,
+        _setting(
+            "memory in MB that task inference may take above the packed bank, per worker",
+            ge=16,
+            le=1_048_576,
+        ),
+    ] = 512
     at: Annotated[
         tuple[Annotated[int, Field(ge=1, le=MAX_TASKS)], ...],
         _setting("numbers of tasks learned to evaluate at, comma-separated; none: a spread"),
@@ -338,20 +387,39 @@ def _near(word: str, known: Iterable[str]) -> str:
 # --- identity --------------------------------------------------------------------------------
 
 
-def resolve(config: RunConfig, *, device: str, native_bf16: bool) -> RunConfig:
+def resolve(config: RunConfig, *, device: str, native_bf16: bool, sparse: bool) -> RunConfig:
     """Return the configuration with ``auto`` replaced by what the workers are.
 
     Args:
         config: as the user gave it.
         device: what ``auto`` means here, "cpu" or "cuda".
         native_bf16: whether that device multiplies bf16 in hardware.
+        sparse: whether the sparse engine can be had there, and pays for this data set.
+
+    Raises:
+        ConfigError: if the sparse engine is asked for with a device or precision it isn't made for.
     """
     values: dict[str, Any] = {}
     if config.train.device == "auto":
         values["train.device"] = device
     if config.train.precision == "auto":
         values["train.precision"] = "bf16" if native_bf16 else "fp32"
+    train = with_values(config, values).train
+    fits = (train.device, train.precision) == ("cpu", "bf16")
+    if train.engine == "auto":
+        values["train.engine"] = "sparse" if sparse and fits else "dense"
+    elif train.engine == "sparse" and not fits:
+        raise ConfigError(
+            f"train.engine is sparse, which is made for bf16 on a CPU, not {train.precision} on "
+            f"{train.device}; set it to auto or dense"
+        )
     return with_values(config, values)
+
+
+def is_auto(config: RunConfig) -> bool:
+    """Say whether something still depends on the machine that trains."""
+    train = config.train
+    return "auto" in (train.device, train.precision, train.engine)
 
 
 def training_fields(config: RunConfig) -> dict[str, Any]:
@@ -373,9 +441,9 @@ def fingerprint(config: RunConfig, dataset_sha256: str) -> str:
     """Return the training fingerprint, 64 hex digits: equal if and only if the masks are.
 
     Raises:
-        ValueError: if precision or device is still ``auto``.
+        ValueError: if precision, device or engine is still ``auto``.
     """
-    if "auto" in (config.train.precision, config.train.device):
+    if is_auto(config):
         raise ValueError("resolve the configuration before taking its fingerprint")
     identity = training_fields(config) | {"dataset_sha256": dataset_sha256}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -4,9 +4,14 @@ Images that share a decision form a group; the decision looks at the group's fir
 paper's protocol decides once per batch of 128 from its first image; the default decides for
 every image alone. A wrong task with GNu is a wrong answer; with GNs it may still be right.
 
-Shapes: M methods, T tasks, Q decisions, G images of a group, N images looked at, P pixels.
+Task inference is fast in large batches, so the decisions of many tasks are taken together.
+
+Shapes: M methods, T tasks, Q decisions, N images that a decision looks at, G images of a group,
+P pixels, B bytes of a packed mask.
 """
 
+import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,16 +22,20 @@ from torch import Tensor
 
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
-from supsup.inference import TaskInference, infer
-from supsup.masking import layer_slices
+from supsup.inference import Queries, TaskInference, infer
+from supsup.masking import mask_bytes
+from supsup.material import layers_of
 from supsup.models import fixed_weights
+from supsup.sampling import half_width, sampled_images
 from supsup.seeding import generator
 from supsup.tasks import permutation
-from supsup.train import layers_of
 
 #: Columns of the counts.
 COUNTS = ("decisions", "task_hits", "images", "gns_hits", "gnu_hits")
 Counts = npt.NDArray[np.int64]
+
+#: Decisions taken together at most, and the bytes that their images may take.
+_DECISIONS, _IMAGE_BYTES = 1024, 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,44 +43,98 @@ class Evaluation:
     """How often each method was right, for some tasks, among the first ``learned`` masks."""
 
     learned: int
-    first: int
+    tasks: tuple[int, ...]
+    """The tasks asked about, ascending: all of them, or a sample."""
     methods: tuple[str, ...]
     counts: Counts
     """int64 [M, T, 5]: see COUNTS."""
 
-    def rate(self, method: str, hits: str, of: str) -> float:
-        """Return a ratio of two columns over all tasks, such as task_hits of decisions."""
-        total = self.counts[self.methods.index(method)].sum(0)
-        return float(total[COUNTS.index(hits)] / total[COUNTS.index(of)])
-
     def accuracy(self, method: str, scenario: str) -> float:
         """Return the fraction of images classified rightly in scenario "gns" or "gnu"."""
-        return self.rate(method, f"{scenario}_hits", "images")
+        return self._rate(method, f"{scenario}_hits", "images")
 
     def task_accuracy(self, method: str) -> float:
         """Return the fraction of decisions that found the right task."""
-        return self.rate(method, "task_hits", "decisions")
+        return self._rate(method, "task_hits", "decisions")
+
+    def accuracy_half_width(self, method: str, scenario: str, test_images: int) -> float:
+        """Return the half-width of the accuracy's 95 % interval: see ``sampling.half_width``.
+
+        Args:
+            method: the method.
+            scenario: "gns" or "gnu".
+            test_images: size of the test set, the same for every task.
+        """
+        return self._half_width(method, f"{scenario}_hits", "images", test_images)
+
+    def task_accuracy_half_width(self, method: str, test_images: int) -> float:
+        """Return the half-width of the task accuracy's 95 % interval."""
+        return self._half_width(method, "task_hits", "decisions", test_images)
+
+    @property
+    def images_per_task(self) -> int:
+        """Test images asked about in each task."""
+        return int(self.counts[0, 0, COUNTS.index("images")])
+
+    def is_sample(self, test_images: int) -> bool:
+        """Say whether tasks or test images were left out, so that rates are estimates."""
+        return len(self.tasks) < self.learned or self.images_per_task < test_images
+
+    def _rate(self, method: str, hits: str, of: str) -> float:
+        total = self._columns(method).sum(0)
+        return float(total[COUNTS.index(hits)] / total[COUNTS.index(of)])
+
+    def _half_width(self, method: str, hits: str, of: str, test_images: int) -> float:
+        columns_5T = self._columns(method).T
+        return half_width(
+            columns_5T[COUNTS.index(hits)] / columns_5T[COUNTS.index(of)],
+            columns_5T[COUNTS.index("decisions")],
+            self.learned,
+            self.images_per_task / test_images,
+        )
+
+    def _columns(self, method: str) -> Counts:
+        columns_T5: Counts = self.counts[self.methods.index(method)]
+        return columns_T5
 
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:
-    """Join evaluations of adjoining ranges of tasks, in any order, into one.
+    """Join evaluations of different tasks, in any order, into one.
 
     Raises:
-        ValueError: if they are of different banks or methods, or leave a gap.
+        ValueError: if they are of different banks or methods, or share a task.
     """
-    ordered = sorted(parts, key=lambda part: part.first)
-    head = ordered[0]
-    expected = head.first
-    for part in ordered:
-        if (part.learned, part.methods, part.first) != (head.learned, head.methods, expected):
-            raise ValueError(f"evaluation of task {part.first} on doesn't continue {expected}")
-        expected += part.counts.shape[1]
-    return Evaluation(
-        learned=head.learned,
-        first=head.first,
-        methods=head.methods,
-        counts=np.concatenate([part.counts for part in ordered], axis=1),
-    )
+    head = parts[0]
+    for part in parts:
+        if (part.learned, part.methods) != (head.learned, head.methods):
+            raise ValueError(
+                f"evaluation of {part.methods} among {part.learned} masks doesn't belong to one "
+                f"of {head.methods} among {head.learned}"
+            )
+    tasks_T = np.concatenate([part.tasks for part in parts])
+    order = np.argsort(tasks_T, kind="stable")
+    ascending = tuple(tasks_T[order].tolist())
+    twice = [task for task, following in itertools.pairwise(ascending) if task == following]
+    if twice:
+        raise ValueError(f"task {twice[0]} is in more than one of the evaluations")
+    counts = np.concatenate([part.counts for part in parts], axis=1)[:, order]
+    return Evaluation(learned=head.learned, tasks=ascending, methods=head.methods, counts=counts)
+
+
+def decisions_per_task(evaluation: EvalConfig, test_images: int) -> int:
+    """Return how many decisions each method takes about a task."""
+    return -(-min(evaluation.images or test_images, test_images) // evaluation.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Queries:
+    """Decisions to take together, all about groups of one size."""
+
+    rows_Q: npt.NDArray[np.int64]
+    """The row of each decision's task in the counts."""
+    tasks_Q: npt.NDArray[np.int64]
+    images_QG: npt.NDArray[np.int64]
+    """Indices into the test set."""
 
 
 class Evaluator:
@@ -90,72 +153,136 @@ class Evaluator:
         self._engines: dict[int, TaskInference] = {}
 
     def evaluate(
-        self, evaluation: EvalConfig, masks_TB: npt.NDArray[np.uint8], learned: int, tasks: range
+        self,
+        evaluation: EvalConfig,
+        masks_TB: npt.NDArray[np.uint8],
+        learned: int,
+        tasks: Sequence[int],
     ) -> Evaluation:
         """Return the counts of some tasks among the first ``learned`` masks.
 
         Args:
-            evaluation: what to evaluate, and on how many images.
-            masks_TB: packed masks of a bank, from task 0 on, at least ``learned`` of them.
+            evaluation: what to evaluate, and on how many images; its ``tasks`` is not used.
+            masks_TB: packed masks of a bank, from task 0 on, at least ``learned`` of them; may
+                be read-only.
             learned: k, the number of masks in the superposition.
-            tasks: the tasks whose test images are asked about.
+            tasks: the tasks whose test images are asked about, ascending.
         """
-        engine = self._engine(masks_TB, learned)
-        counts = np.stack([self._one_task(evaluation, engine, task) for task in tasks], axis=1)
+        engine = self._engine(masks_TB, learned, evaluation.memory_mb << 20)
+        counts_TM5 = np.zeros((len(tasks), len(evaluation.methods), len(COUNTS)), dtype=np.int64)
+        for queries in self._queries(evaluation, tasks):
+            found_MQ = self._infer(evaluation, engine, queries)
+            for part in self._parts(queries.images_QG.shape[1], len(queries.tasks_Q)):
+                counted_QM5 = self._count(engine, queries, found_MQ, part)
+                np.add.at(counts_TM5, queries.rows_Q[part], counted_QM5)
         return Evaluation(
-            learned=learned, first=tasks.start, methods=evaluation.methods, counts=counts
+            learned=learned,
+            tasks=tuple(tasks),
+            methods=evaluation.methods,
+            counts=counts_TM5.swapaxes(0, 1),
         )
 
-    def _engine(self, masks_TB: npt.NDArray[np.uint8], learned: int) -> TaskInference:
+    def _engine(
+        self, masks_TB: npt.NDArray[np.uint8], learned: int, memory_bytes: int
+    ) -> TaskInference:
         if learned not in self._engines:
-            bytes_needed = list(layer_slices(self._layers))[-1][1].stop
+            bytes_needed = mask_bytes(self._layers)
             if masks_TB.shape[1] != bytes_needed or len(masks_TB) < learned:
                 raise ValueError(f"masks are {masks_TB.shape}, not {learned} x {bytes_needed}")
             # One superposition at a time: checkpoints are evaluated in turn.
             self._engines = {
                 learned: TaskInference(
-                    torch.tensor(masks_TB[:learned]),
+                    _as_tensor(masks_TB[:learned]),
                     self._weights,
                     self._layers,
                     self._data.classes,
+                    memory_bytes,
                 )
             }
         return self._engines[learned]
 
-    def _one_task(self, evaluation: EvalConfig, engine: TaskInference, task: int) -> Counts:
-        """Return the counts [M, 5] of one task."""
-        counts = np.zeros((len(evaluation.methods), len(COUNTS)), dtype=np.int64)
-        for images_QGP, labels_QG in self._groups(evaluation, task):
-            seen_QNP = images_QGP[:, : evaluation.batch]
-            for row, method in enumerate(evaluation.methods):
-                found_Q = infer(engine, seen_QNP, method, evaluation.shortlist)
-                hit_Q = found_Q == task
-                right_QG = engine.predict(found_Q, images_QGP) == labels_QG
-                counts[row] += np.array(
-                    [
-                        len(found_Q),
-                        int(hit_Q.sum()),
-                        labels_QG.numel(),
-                        int(right_QG.sum()),
-                        int((right_QG & hit_Q[:, None]).sum()),
-                    ]
-                )
-        return counts
+    # --- what is asked -------------------------------------------------------------------------
 
-    def _groups(self, evaluation: EvalConfig, task: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the task's test images [Q, G, P] and labels [Q, G]; a smaller group last."""
-        data = self._data
-        total = len(data.test_images)
-        chosen = np.arange(total)
-        if 0 < evaluation.images < total:
-            stream = generator(self._config.seed, "evaluation", task)
-            chosen = stream.permutation(total)[: evaluation.images]
-        order = permutation(self._config.seed, task, data.pixels)
-        pixels = data.test_images[chosen][:, order].astype(np.float32)
-        images = torch.from_numpy((pixels / data.scale - data.mean) / data.std).float()
-        labels = torch.from_numpy(data.test_labels[chosen])
+    def _queries(self, evaluation: EvalConfig, tasks: Sequence[int]) -> Iterator[_Queries]:
+        """Yield the decisions about the tasks in batches; those about smaller groups last."""
+        most = self._together(evaluation.batch)
+        for whole in (True, False):
+            decisions = self._decisions(evaluation, tasks, whole)
+            while batch := list(itertools.islice(decisions, most)):
+                rows, of_tasks, images = zip(*batch, strict=True)
+                yield _Queries(
+                    rows_Q=np.array(rows), tasks_Q=np.array(of_tasks), images_QG=np.stack(images)
+                )
+
+    def _decisions(
+        self, evaluation: EvalConfig, tasks: Sequence[int], whole: bool
+    ) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+        """Yield row, task and images [G] of each decision about a whole group.
+
+        Or, if not ``whole``, of those about what is left of a task's images behind its groups.
+        """
         size = evaluation.group_size
-        full = len(images) - len(images) % size
-        for part, group in ((slice(0, full), size), (slice(full, None), len(images) - full)):
-            if len(labels[part]):
-                yield images[part].view(-1, group, data.pixels), labels[part].view(-1, group)
+        for row, task in enumerate(tasks):
+            stream = generator(self._config.seed, "evaluation", task)
+            chosen_N = sampled_images(self._data.test_labels, evaluation.images, stream)
+            end = len(chosen_N) - len(chosen_N) % size
+            groups = chosen_N[:end].reshape(-1, size) if whole else chosen_N[None, end:]
+            yield from ((row, task, group_G) for group_G in groups if len(group_G))
+
+    def _together(self, images: int) -> int:
+        """Return how many decisions to take together, of so many images each."""
+        bytes_each = images * self._data.pixels * torch.float32.itemsize
+        return max(1, min(_DECISIONS, _IMAGE_BYTES // bytes_each))
+
+    def _parts(self, images: int, decisions: int) -> Iterator[slice]:
+        step = self._together(images)
+        return (slice(start, start + step) for start in range(0, decisions, step))
+
+    def _pixels(self, tasks_Q: npt.NDArray[np.int64], images_QN: npt.NDArray[np.int64]) -> Tensor:
+        """Return test images as their tasks see them, normalised, [Q, N, P]."""
+        data = self._data
+        pixels_QNP = np.empty((*images_QN.shape, data.pixels), dtype=np.float32)
+        for task in np.unique(tasks_Q):
+            mine_Q = tasks_Q == task
+            order_P = permutation(self._config.seed, int(task), data.pixels)
+            pixels_QNP[mine_Q] = data.test_images[images_QN[mine_Q]][..., order_P]
+        return torch.from_numpy((pixels_QNP / data.scale - data.mean) / data.std)
+
+    # --- what is answered ----------------------------------------------------------------------
+
+    def _infer(self, evaluation: EvalConfig, engine: TaskInference, queries: _Queries) -> Tensor:
+        """Return the task [M, Q] that each method finds."""
+        seen_QNP = self._pixels(queries.tasks_Q, queries.images_QG[:, : evaluation.batch])
+        asked = Queries(engine, seen_QNP, evaluation.shortlist, evaluation.sketch)
+        return torch.stack([infer(asked, method) for method in evaluation.methods])
+
+    def _count(
+        self, engine: TaskInference, queries: _Queries, found_MQ: Tensor, part: slice
+    ) -> Counts:
+        """Return the counts [Q, M, 5] of some of the decisions."""
+        tasks_Q, images_QG = queries.tasks_Q[part], queries.images_QG[part]
+        hit_MQ = found_MQ[:, part] == torch.from_numpy(tasks_Q)
+        classes_MQG = _classes(engine, found_MQ[:, part], self._pixels(tasks_Q, images_QG))
+        right_MQG = classes_MQG == torch.from_numpy(self._data.test_labels[images_QG])
+        right_MQ = right_MQG.sum(-1)
+        ones_MQ = torch.ones_like(right_MQ)
+        groups_MQ = ones_MQ * images_QG.shape[1]
+        columns = (ones_MQ, hit_MQ.long(), groups_MQ, right_MQ, right_MQ * hit_MQ)
+        counts_QM5: Counts = torch.stack(columns, dim=-1).transpose(0, 1).numpy()
+        return counts_QM5
+
+
+def _classes(engine: TaskInference, found_MQ: Tensor, images_QGP: Tensor) -> Tensor:
+    """Return the class [M, Q, G] of each image under the found masks; equal finds share a run."""
+    queries = found_MQ.shape[1]
+    pairs_MQ = found_MQ * queries + torch.arange(queries)
+    distinct, which_MQ = torch.unique(pairs_MQ, return_inverse=True)
+    return engine.predict(distinct // queries, images_QGP[distinct % queries])[which_MQ]
+
+
+def _as_tensor(array: npt.NDArray[np.uint8]) -> Tensor:
+    """Return a tensor on the same memory."""
+    with warnings.catch_warnings():
+        # Arrays from an object store are read-only; nothing here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

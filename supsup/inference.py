@@ -7,11 +7,11 @@ and once backward; the task is the one whose ``α_i`` lowers the objective faste
     ∂H/∂α_i = Σ_layers ⟨δ xᵀ ⊙ W, M_i⟩
 
 with ``x`` a layer's input and ``δ`` the gradient of the objective at its output. The left factor
-belongs to the query, so the gradients of all queries and all masks are one matrix product per
-layer, over masks unpacked tile by tile.
+belongs to the query and is one number per weight; what is left is to add, for every mask, the
+numbers of the bits that are set (supsup.packed).
 
-Shapes: T masks, B bytes of a packed mask, Q queries (task decisions), N images per query, P
-pixels, O outputs and I inputs of a layer, S output neurons.
+Shapes: T masks, K some of them, W numbers per weight, Q queries (task decisions), N images per
+query, P pixels, O outputs and I inputs of a layer, S output neurons.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from supsup.errors import ConfigError
-from supsup.masking import layer_slices, unpack, unpack_layer
 from supsup.models import Layer
+from supsup.packed import MEMORY_BYTES, packed_masks
 
-#: Bytes that a tile of queries, and a tile of unpacked masks, may each take.
-_TILE_BYTES = 128 << 20
+#: Steps of the gradient descent on α, and its rate in standard deviations of the first gradient.
+_DESCENT_STEPS, _DESCENT_RATE = 8, 1.0
+#: Numbers that the sketch keeps or drops together.
+_WORD = 32
 
 
 # --- objectives ------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class TaskInference:
         weights: Sequence[Tensor],
         layers: Sequence[Layer],
         classes: int,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         """Add up the superposition of the masks.
 
@@ -93,110 +96,223 @@ class TaskInference:
             weights: the fixed weights, one [O, I] per layer; their type is the precision.
             layers: the layers of the network.
             classes: the real classes, the first of the output neurons.
+            memory_bytes: what inference may take above the packed masks.
         """
-        self.packed_TB = packed_TB
-        self.weights = list(weights)
-        self.layers = tuple(layers)
+        self.masks = packed_masks(packed_TB, weights, layers, memory_bytes)
         self.classes = classes
-        self._superposed = [
-            weight * self._sum_of_masks(layer, part) / len(packed_TB)
-            for weight, (layer, part) in zip(self.weights, layer_slices(layers), strict=True)
-        ]
+        k = len(packed_TB)
+        self._superposed = self._superposition(torch.arange(k), self._uniform(k))
+
+    def factors(self, images_QNP: Tensor, objective: str) -> Iterator[Tensor]:
+        """Yield tiles of ``δ xᵀ ⊙ W`` [Q, W], the objective's mean over N images, at ``α = 1/k``.
+
+        The gradient with respect to ``α_i`` is their sum over the bits of mask i. A tile is good
+        until the next one.
+        """
+        bytes_each = self.masks.vectors(1).nbytes
+        tile = max(1, self.masks.memory_bytes // 4 // bytes_each)
+        room_QW = self.masks.vectors(min(tile, len(images_QNP)))
+        for part_QNP in torch.split(images_QNP, tile):
+            part_QW = room_QW[: len(part_QNP)]
+            self._fill(part_QW, self._superposed, part_QNP, objective)
+            yield part_QW
 
     def alpha_gradients(self, images_QNP: Tensor, objective: str) -> Tensor:
         """Return ``∂objective/∂α`` at ``α = 1/k`` [Q, T], the objective's mean over N images."""
-        largest = max(layer.weights for layer in self.layers)
-        tile = max(1, _TILE_BYTES // (largest * images_QNP.element_size()))
-        return torch.cat([self._gradients(q, objective) for q in torch.split(images_QNP, tile)])
+        return torch.cat([self.masks.sums(tile) for tile in self.factors(images_QNP, objective)])
+
+    def gradient_at(
+        self, images_NP: Tensor, objective: str, tasks_K: Tensor, alpha_K: Tensor | None = None
+    ) -> Tensor:
+        """Return ``∂objective/∂α`` [K] of some masks, at α or ``1/K``, the others' α being zero."""
+        if alpha_K is None:
+            alpha_K = self._uniform(len(tasks_K))
+        factor_1W = self.masks.vectors(1)
+        self._fill(factor_1W, self._superposition(tasks_K, alpha_K), images_NP[None], objective)
+        if len(tasks_K) == len(self.masks):
+            return self.masks.sums(factor_1W)[0, tasks_K]
+        return self.masks.sums_of(factor_1W[0], tasks_K)
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one mask's network for images [..., P]."""
-        masks = unpack(self.packed_TB[task : task + 1], self.layers, images.dtype)
-        return self._forward(
-            [weight * mask[0] for weight, mask in zip(self.weights, masks, strict=True)], images
-        )[-1]
+        logits = self.masks.logits(task, images.reshape(-1, images.shape[-1]))
+        return logits.view(*images.shape[:-1], -1)
 
     def predict(self, tasks_Q: Tensor, images_QNP: Tensor) -> Tensor:
         """Return the class [Q, N] that each query's images have under its task's mask."""
         classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64)
-        for task in torch.unique(tasks_Q).tolist():
-            chosen_Q = tasks_Q == task
-            logits = self.logits(task, images_QNP[chosen_Q])
-            classes_QN[chosen_Q] = logits[..., : self.classes].argmax(-1)
+        for task, (chosen,) in by_task(tasks_Q):
+            logits = self.logits(task, images_QNP[chosen])
+            classes_QN[chosen] = logits[..., : self.classes].argmax(-1)
         return classes_QN
 
-    def _sum_of_masks(self, layer: Layer, part: slice) -> Tensor:
-        total = torch.zeros(layer.outputs, layer.inputs, dtype=self.weights[0].dtype)
-        for _, mask_TOI in self._unpacked(layer, part):
-            total += mask_TOI.sum(0)
-        return total
+    def _uniform(self, k: int) -> Tensor:
+        return torch.full((k,), 1 / k, dtype=self.masks.dtype)
 
-    def _unpacked(self, layer: Layer, part: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yield tiles of unpacked masks [T, O, I] of one layer, with the tasks they are of."""
-        dtype = self.weights[0].dtype
-        tile = max(1, _TILE_BYTES // (layer.weights * dtype.itemsize))
-        for start in range(0, len(self.packed_TB), tile):
-            tasks = slice(start, start + tile)
-            yield tasks, unpack_layer(self.packed_TB[tasks, part], layer, dtype)
+    def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
+        """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer."""
+        sums = self.masks.by_layer(self.masks.add_up(tasks_K, alpha_K))
+        return [w_OI * s_1OI[0] for w_OI, s_1OI in zip(self.masks.weights, sums, strict=True)]
 
-    def _gradients(self, images_QNP: Tensor, objective: str) -> Tensor:
-        *inputs, logits_QNS = self._forward(self._superposed, images_QNP)
-        delta = OBJECTIVES[objective](logits_QNS, self.classes) / images_QNP.shape[1]
-        gradients_QT = images_QNP.new_zeros(len(images_QNP), len(self.packed_TB))
-        slices = list(layer_slices(self.layers))
-        for i in reversed(range(len(self.layers))):
-            factor_QOI = torch.bmm(delta.transpose(1, 2), inputs[i]) * self.weights[i]
-            for tasks, mask_TOI in self._unpacked(*slices[i]):
-                gradients_QT[:, tasks] += factor_QOI.flatten(1) @ mask_TOI.flatten(1).T
+    def _fill(
+        self, room_QW: Tensor, superposed: Sequence[Tensor], images_QNP: Tensor, objective: str
+    ) -> None:
+        """Write ``δ xᵀ ⊙ W`` of a superposition into room for it."""
+        inputs = [images_QNP]
+        for i, weight_OI in enumerate(superposed):
             if i:
-                delta = (delta @ self._superposed[i]) * (inputs[i] > 0)
-        return gradients_QT
-
-    @staticmethod
-    def _forward(masked: Sequence[Tensor], images: Tensor) -> list[Tensor]:
-        """Return the input of every layer, and the logits last."""
-        acts = [images]
-        for i, weight_OI in enumerate(masked):
+                inputs[-1] = inputs[-1].relu()
+            inputs.append(inputs[-1] @ weight_OI.T)
+        delta = OBJECTIVES[objective](inputs.pop(), self.classes) / images_QNP.shape[1]
+        room = self.masks.by_layer(room_QW)
+        for i in reversed(range(len(superposed))):
+            if images_QNP.shape[1] == 1:
+                torch.mul(delta.transpose(1, 2), inputs[i], out=room[i])
+            else:
+                room[i].copy_(torch.bmm(delta.transpose(1, 2), inputs[i]))
+            room[i].mul_(self.masks.weights[i])
             if i:
-                acts[-1] = acts[-1].relu()
-            acts.append(acts[-1] @ weight_OI.T)
-        return acts
+                delta = (delta @ superposed[i]) * (inputs[i] > 0)
+
+
+def by_task(tasks: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield every task in a tensor, ascending, with the places where it stands, per dimension."""
+    flat = tasks.flatten()
+    order = flat.argsort(stable=True)
+    found, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    for task, places in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
+        yield task, torch.unravel_index(places, tasks.shape)
 
 
 # --- algorithms ------------------------------------------------------------------------------
 
 
-def one_shot(
-    engine: TaskInference, images_QNP: Tensor, objective: str, shortlist: int = 0
-) -> Tensor:
+class Queries:
+    """Decisions to take about images [Q, N, P]; what several methods need is computed once."""
+
+    def __init__(
+        self, engine: TaskInference, images_QNP: Tensor, shortlist: int = 16, sketch: float = 0.06
+    ) -> None:
+        """Ask about some images.
+
+        Args:
+            engine: the masks.
+            images_QNP: N images per decision.
+            shortlist: masks that "shortlist" runs, and that "sketch" looks at in full.
+            sketch: part of the weights that "sketch" looks at for every mask.
+        """
+        self.engine, self.images_QNP = engine, images_QNP
+        self.shortlist, self.sketch = shortlist, sketch
+        self._gradients: dict[str, Tensor] = {}
+
+    def gradients(self, objective: str) -> Tensor:
+        """Return ``∂objective/∂α`` [Q, T] at ``α = 1/k``."""
+        if objective not in self._gradients:
+            self._gradients[objective] = self.engine.alpha_gradients(self.images_QNP, objective)
+        return self._gradients[objective]
+
+
+def one_shot(queries: Queries, objective: str) -> Tensor:
     """Return the task [Q] with the steepest descent of the objective (paper, eq. 4)."""
-    return engine.alpha_gradients(images_QNP, objective).argmin(1)
+    return queries.gradients(objective).argmin(1)
 
 
-def shortlist(
-    engine: TaskInference, images_QNP: Tensor, objective: str, shortlist: int = 16
-) -> Tensor:
+def shortlist(queries: Queries, objective: str) -> Tensor:
     """Run the masks with the steepest descent; return the task [Q] of the lowest mean entropy."""
-    gradients_QT = engine.alpha_gradients(images_QNP, objective)
-    size = min(shortlist, gradients_QT.shape[1])
-    candidates_QC = gradients_QT.topk(size, dim=1, largest=False).indices.sort(1).values
-    entropy_QC = torch.empty(candidates_QC.shape, dtype=images_QNP.dtype)
-    for task in torch.unique(candidates_QC).tolist():
-        queries, columns = (candidates_QC == task).nonzero(as_tuple=True)
-        logits_QNS = engine.logits(task, images_QNP[queries])
-        entropy_QC[queries, columns] = entropy(logits_QNS).mean(1)
-    return candidates_QC.gather(1, entropy_QC.argmin(1, keepdim=True)).squeeze(1)
+    gradients_QT = queries.gradients(objective)
+    size = min(queries.shortlist, gradients_QT.shape[1])
+    candidates_QK = gradients_QT.topk(size, dim=1, largest=False).indices.sort(1).values
+    entropy_QK = queries.images_QNP.new_empty(candidates_QK.shape)
+    for task, (rows, columns) in by_task(candidates_QK):
+        logits_QNS = queries.engine.logits(task, queries.images_QNP[rows])
+        entropy_QK[rows, columns] = entropy(logits_QNS).mean(1)
+    return candidates_QK.gather(1, entropy_QK.argmin(1, keepdim=True)).squeeze(1)
 
 
-ALGORITHMS: Mapping[str, Callable[[TaskInference, Tensor, str, int], Tensor]] = {
+def sketch(queries: Queries, objective: str) -> Tensor:
+    """One-shot in two passes: all masks on a few weights, then a few masks on all weights.
+
+    The first pass looks at the words of 32 weights where the gradient is largest, query by query;
+    the second at the masks that lead then. Work below linear in the number of weights: the part
+    ``sketch`` of them, and ``shortlist / k``.
+    """
+    masks = queries.engine.masks
+    size = min(queries.shortlist, len(masks))
+    found = []
+    for factors_QW in queries.engine.factors(queries.images_QNP, objective):
+        leading_QK = masks.sums(_largest_words(factors_QW, queries.sketch)).topk(
+            size, dim=1, largest=False
+        )
+        for factor_W, leading_K in zip(factors_QW, leading_QK.indices, strict=True):
+            found.append(leading_K[masks.sums_of(factor_W, leading_K).argmin()])
+    return torch.stack(found)
+
+
+def _largest_words(factors_QW: Tensor, part: float) -> Tensor:
+    """Return the vectors with all but the words of the largest sums of magnitudes set to zero."""
+    words_QDw = factors_QW.view(len(factors_QW), -1, _WORD)
+    size_QD = words_QDw.abs().sum(-1)
+    kept = max(1, round(part * size_QD.shape[1]))
+    kept_QD = torch.zeros_like(size_QD).scatter_(1, size_QD.topk(kept, dim=1).indices, 1)
+    return (words_QDw * kept_QD[..., None]).flatten(1)
+
+
+def binary(queries: Queries, objective: str) -> Tensor:
+    """Halve the superposition, keeping the steeper half, until one mask is left (paper, 3.3)."""
+    first_QT = queries.gradients(objective)
+    found = []
+    for images_NP, gradient_T in zip(queries.images_QNP, first_QT, strict=True):
+        left_K, gradient_K = torch.arange(len(gradient_T)), gradient_T
+        while len(left_K) > 1:
+            half = gradient_K.topk((len(left_K) + 1) // 2, largest=False).indices
+            left_K = left_K[half].sort().values
+            gradient_K = queries.engine.gradient_at(images_NP, objective, left_K)
+        found.append(left_K[0])
+    return torch.stack(found)
+
+
+def gradient_descent(queries: Queries, objective: str) -> Tensor:
+    """Descend on α within the simplex; return the task [Q] of the largest α.
+
+    Exponentiated gradient from ``α = 1/k``, its rate in units of the first gradient's standard
+    deviation; the first step alone ranks the tasks as one-shot does.
+    """
+    first_QT = queries.gradients(objective)
+    tasks_T = torch.arange(first_QT.shape[1])
+    found = []
+    for images_NP, gradient_T in zip(queries.images_QNP, first_QT, strict=True):
+        scale = gradient_T.std(correction=0).clamp_min(torch.finfo(gradient_T.dtype).tiny)
+        logits_T = -_DESCENT_RATE * gradient_T / scale
+        for _ in range(_DESCENT_STEPS - 1):
+            alpha_T = logits_T.softmax(0)
+            step_T = queries.engine.gradient_at(images_NP, objective, tasks_T, alpha_T)
+            logits_T = logits_T - _DESCENT_RATE * step_T / scale
+        found.append(logits_T.argmax())
+    return torch.stack(found)
+
+
+def all_masks(queries: Queries, objective: str) -> Tensor:
+    """Run every mask; return the task [Q] of the lowest mean entropy: the plain baseline."""
+    best_Q = queries.images_QNP.new_full((len(queries.images_QNP),), torch.inf)
+    found_Q = torch.zeros(len(best_Q), dtype=torch.int64)
+    for task in range(len(queries.engine.masks)):
+        entropy_Q = entropy(queries.engine.logits(task, queries.images_QNP)).mean(1)
+        better_Q = entropy_Q < best_Q
+        best_Q[better_Q], found_Q[better_Q] = entropy_Q[better_Q], task
+    return found_Q
+
+
+ALGORITHMS: Mapping[str, Callable[[Queries, str], Tensor]] = {
     "one-shot": one_shot,
     "shortlist": shortlist,
+    "sketch": sketch,
+    "binary": binary,
+    "gradient-descent": gradient_descent,
+    "all-masks": all_masks,
 }
 
 
-def infer(
-    engine: TaskInference, images_QNP: Tensor, method: str, shortlist_size: int = 16
-) -> Tensor:
+def infer(queries: Queries, method: str) -> Tensor:
     """Return the task [Q] that a method, such as ``h-one-shot``, finds for each query."""
     objective, algorithm = method.split("-", 1)
-    return ALGORITHMS[algorithm](engine, images_QNP, objective, shortlist_size)
+    return ALGORITHMS[algorithm](queries, objective)

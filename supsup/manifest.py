@@ -16,8 +16,8 @@ from supsup.config import RunConfig, fingerprint, from_dict, to_dict
 from supsup.datasets import Dataset
 from supsup.errors import BankError
 from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
+from supsup.material import layers_of
 from supsup.models import Layer, fixed_weights, weights_sha256
-from supsup.train import layers_of
 
 FORMAT_VERSION = 1
 

@@ -54,9 +54,13 @@ def unpack(packed_TB: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> li
 
 def unpack_layer(packed_TB: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
     """Unpack the bytes of one layer, uint8 [T, B], into [T, O, I] of zeros and ones."""
-    table = _bit_table(packed_TB.device, dtype)
-    bits = table[packed_TB.int()].flatten(1)[:, : layer.weights]
+    bits = unpack_bits(packed_TB, dtype)[:, : layer.weights]
     return bits.reshape(-1, layer.outputs, layer.inputs)
+
+
+def unpack_bits(packed_TB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unpack bytes, uint8 [T, B], into their bits [T, 8 B], zeros and ones."""
+    return _bit_table(packed_TB.device, dtype)[packed_TB.int()].flatten(1)
 
 
 def padding_is_zero(packed_TB: npt.NDArray[np.uint8], layers: Sequence[Layer]) -> bool:

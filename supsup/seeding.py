@@ -1,7 +1,7 @@
 """Random streams, each derived from one root seed by name, so that none depends on another.
 
 The names in use: ``weights, layer``; ``scores, task, layer``; ``permutation, task``;
-``order, epoch``; ``evaluation, task``.
+``order, epoch``; ``evaluation, task`` (images); ``evaluation tasks, learned``.
 """
 
 import hashlib

@@ -53,6 +53,7 @@ def quick() -> RunConfig:
         "train.learning_rate": 5e-3,
         "train.precision": "fp32",
         "train.device": "cpu",
+        "train.engine": "dense",
         "eval.images": 20,
         "eval.at": "4",
         "eval.methods": "h-shortlist,g-one-shot",
@@ -105,5 +106,5 @@ def full_bank(bank, trained, quick) -> Bank:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    with connect(None, 2, "cpu") as connected:
+    with connect(None, 2, "cpu") as connected, connected.started():
         yield connected

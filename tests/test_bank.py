@@ -37,6 +37,12 @@ def test_the_plain_loop_is_a_whole_experiment(tmp_path, quick, digits, trainer, 
     assert bank.sha256(3) == full_bank.sha256(3) != bank.sha256(8)
 
 
+def test_one_pass_says_how_well_each_task_does(full_bank, trained):
+    stock = full_bank.stock()
+    assert stock.tasks == [range(3), range(3, 6), range(6, 8)]
+    np.testing.assert_array_equal(np.concatenate(stock.gg_correct), trained.gg_correct)
+
+
 GOLDEN_WEIGHTS = "916349bdf6bc5c82"
 GOLDEN_FINGERPRINT = "f79e2d0191b040d5"
 GOLDEN_CORRECT = 2598
@@ -108,19 +114,20 @@ def test_a_flipped_bit_anywhere_is_noticed_and_contained(full_bank, trained):
         broken = bytearray(content)
         broken[position] ^= 1 << (position % 8)
         path.write_bytes(broken)
-        good, damaged = full_bank.intact()
-        assert [d.path.name for d in damaged] == [FIRST], position
-        assert good == [range(3, 6), range(6, 8)]
+        stock = full_bank.stock()
+        assert [d.path.name for d in stock.damaged] == [FIRST], position
+        assert stock.tasks == [range(3, 6), range(6, 8)]
         np.testing.assert_array_equal(full_bank.read(range(3, 8)).masks, trained.masks[3:8])
     path.write_bytes(content)
-    assert full_bank.intact() == ([range(3), range(3, 6), range(6, 8)], [])
+    assert full_bank.stock().tasks == [range(3), range(3, 6), range(6, 8)]
+    assert full_bank.stock().damaged == []
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 50, 300, -100, -1])
 def test_a_cut_file_is_noticed(full_bank, length):
     path = block_path(full_bank)
     path.write_bytes(path.read_bytes()[:length])
-    assert [d.tasks for d in full_bank.intact()[1]] == [range(3)]
+    assert [d.tasks for d in full_bank.stock().damaged] == [range(3)]
     with pytest.raises(BankError, match=f"{FIRST} .tasks 0 to 2. is damaged"):
         full_bank.read(range(3))
 
@@ -132,7 +139,7 @@ def test_the_damaged_task_is_named(full_bank):
     with safetensors.safe_open(path, framework="np") as file:
         header = file.metadata()
     path.write_bytes(safetensors.numpy.save(tensors, metadata=header))
-    assert "checksum of task 1 doesn't match" in str(full_bank.intact()[1][0])
+    assert "checksum of task 1 doesn't match" in str(full_bank.stock().damaged[0])
 
 
 def test_a_block_of_another_bank_is_refused(full_bank, tmp_path, quick, digits, trained):
@@ -140,26 +147,26 @@ def test_a_block_of_another_bank_is_refused(full_bank, tmp_path, quick, digits, 
     foreign = Bank.create(tmp_path / "other", other)
     path = foreign.commit(rows(trained, range(3)))
     block_path(full_bank).write_bytes(path.read_bytes())
-    assert "its header says" in str(full_bank.intact()[1][0])
+    assert "its header says" in str(full_bank.stock().damaged[0])
 
 
 def test_a_renamed_block_is_refused(full_bank):
     path = block_path(full_bank)
     path.rename(path.with_name("tasks-000000010-000000012.safetensors"))
-    assert [d.tasks for d in full_bank.intact()[1]] == [range(10, 13)]
+    assert [d.tasks for d in full_bank.stock().damaged] == [range(10, 13)]
 
 
 def test_a_task_twice_names_both_files(full_bank):
     path = block_path(full_bank)
     path.with_name("tasks-000000002-000000002.safetensors").write_bytes(path.read_bytes())
     with pytest.raises(BankError, match=r"task 2 is in both tasks-000000000.*tasks-000000002"):
-        full_bank.intact()
+        full_bank.stock()
 
 
 def test_a_damaged_block_set_aside_can_be_committed_again(full_bank, trained):
     sha256 = full_bank.sha256(8)
     block_path(full_bank).write_bytes(b"rubbish")
-    moved = full_bank.set_aside(full_bank.intact()[1][0])
+    moved = full_bank.set_aside(full_bank.stock().damaged[0])
     assert moved.read_bytes() == b"rubbish"
     full_bank.commit(rows(trained, range(3)))
     assert full_bank.sha256(8) == sha256
@@ -169,7 +176,7 @@ def test_leftovers_are_ignored_and_discarded(full_bank):
     leftover = full_bank.path / "blocks" / f".{FIRST}.abc.tmp"
     leftover.write_bytes(b"half")
     (full_bank.path / "blocks" / "notes.txt").write_text("mine")
-    assert full_bank.intact()[1] == []
+    assert full_bank.stock().damaged == []
     full_bank.discard_leftovers()
     assert not leftover.exists()
     assert (full_bank.path / "blocks" / "notes.txt").exists()
@@ -272,9 +279,9 @@ def test_a_full_disk_is_one_clear_line(bank, trained, monkeypatch):
         patch.setattr(os, "fsync", full)
         with pytest.raises(BankError, match=r"No space left on device.*resume"):
             bank.commit(rows(trained, range(3)))
-    assert bank.intact() == ([range(3, 6)], [])
+    assert bank.stock().tasks == [range(3, 6)]
     bank.commit(rows(trained, range(3)))
-    assert bank.intact() == ([range(3), range(3, 6)], [])
+    assert bank.stock().tasks == [range(3), range(3, 6)]
 
 
 def test_replacing_is_all_or_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The coordinator without Ray: its jobs are done by a plain loop over an ordinary worker."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.worker import TaskWorker, WorkerSetup
 from supsup.config import checkpoints, with_values
 from supsup.evaluate import Evaluator
+from supsup.sampling import sampled_tasks
 
 
 class Notes:
@@ -40,10 +43,12 @@ def make_jobs(config, bank, notes, **options):
         config=config,
         checkpoints=options.pop("at", checkpoints(config)),
         bank=bank,
+        stock=bank.stock(),
         folder=RunFolder(bank.path.parent, bank.path.name),
         tracker=notes,
         reporter=notes,
-        put=lambda value: value,
+        put=options.pop("put", lambda value: value),
+        workers=options.pop("workers", 1),
         **options,
     )
 
@@ -61,9 +66,8 @@ def test_a_run_trains_evaluates_and_shows(quick, bank, worker, trained, digits):
     notes = Notes()
     jobs = make_jobs(quick, bank, notes)
     seen = work(jobs, worker)
-    assert [job.method for job in seen] == ["train"] * 2 + ["evaluate"] + ["train"] + [
-        "evaluate"
-    ] * 2
+    expected = ["train"] * 2 + ["evaluate"] * 2 + ["train"] + ["evaluate"] * 2
+    assert [job.method for job in seen] == expected
     np.testing.assert_array_equal(bank.read(range(8)).masks, trained.masks)
     assert notes.counts == {"tasks trained": (8, 8), "tasks evaluated": (12, 12)}
     assert set(notes.values) == {4, 8}
@@ -90,6 +94,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(quick, bank, worker, full_ba
     assert trained_now == [range(3, 6), range(6, 8)]
     assert bank.sha256(8) == sha256
     again = make_jobs(quick, bank, Notes())
+    assert again.widest == 0
     assert work(again, worker) == []
     assert len(again.results("name", "digits").checkpoints) == 2
 
@@ -130,6 +135,74 @@ def test_scenario_gg_evaluates_nothing(quick, full_bank, worker):
     config = with_values(quick, {"scenario": "gg"})
     assert work(make_jobs(config, full_bank, notes), worker) == []
     assert set(notes.values[8]) == {"gg/accuracy", "bank/bytes"}
+
+
+def test_a_sample_of_tasks_is_asked_about_and_counted(quick, full_bank, worker, trained, digits):
+    config = with_values(quick, {"eval.tasks": 3})
+    notes = Notes()
+    jobs = make_jobs(config, full_bank, notes, workers=2)
+    asked = {4: [], 8: []}
+    for job in work(jobs, worker):
+        asked[job.tag[1]] += job.tag[2]
+    assert asked == {k: list(sampled_tasks(quick.seed, k, 3)) for k in (4, 8)}
+    assert notes.counts["tasks evaluated"] == (6, 6)
+    whole = Evaluator(quick, digits).evaluate(quick.eval, trained.masks, 8, range(8))
+    found = jobs.results("name", "digits").checkpoints[-1].evaluation
+    assert found.tasks == tuple(asked[8])
+    np.testing.assert_array_equal(found.counts, whole.counts[:, asked[8]])
+    assert notes.values[8]["gnu/accuracy_ci95"] > 0
+    images = 8 * len(digits.test_images)
+    assert notes.values[8]["gg/accuracy"] == pytest.approx(trained.gg_correct.sum() / images)
+    assert work(make_jobs(config, full_bank, Notes()), worker) == []
+    others = with_values(quick, {"eval.tasks": 2})
+    assert {job.tag[1] for job in work(make_jobs(others, full_bank, Notes()), worker)} == {4, 8}
+
+
+class Masks:
+    """Stands for a reference to masks in an object store."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_masks_of_a_checkpoint_are_freed_after_its_jobs(quick, full_bank, worker):
+    alive = weakref.WeakSet()
+
+    def put(value):
+        masks = Masks(value)
+        alive.add(masks)
+        return masks
+
+    jobs = make_jobs(quick, full_bank, Notes(), at=(4, 8), put=put, train=False)
+    learned, most = [], 0
+    while job := jobs.next_job():
+        settings, masks, k, tasks = job.args
+        learned.append(k)
+        most = max(most, len(alive))
+        jobs.done(job, worker.evaluate(settings, masks.value, k, tasks))
+        del job, masks
+    assert sorted(set(learned)) == [4, 8]
+    assert most == 1
+    assert not alive
+
+
+def test_jobs_left_are_those_that_can_start(quick, full_bank, bank, worker):
+    jobs = make_jobs(quick, full_bank, Notes(), at=(8,), train=False)
+    assert (jobs.left(), jobs.widest) == (0, 8)
+    jobs.next_job()
+    assert jobs.left() == 1  # 20 images of each of 8 tasks: two jobs, one of them handed out
+
+
+def test_a_block_is_found_by_no_look_at_the_others(quick, full_bank, worker, monkeypatch):
+    """What a commit costs must not grow with the bank: no listing, no reading of blocks."""
+    path = full_bank.blocks()[2][1]
+    path.unlink()
+    jobs = make_jobs(with_values(quick, {"scenario": "gg"}), full_bank, Notes(), at=())
+    monkeypatch.setattr(type(full_bank), "blocks", None)
+    monkeypatch.setattr(type(full_bank), "_read_block", None)
+    assert len(work(jobs, worker)) == 1
+    assert path.exists()
+    assert jobs.learned == 8
 
 
 def test_evaluation_alone_trains_nothing(quick, full_bank, worker):

@@ -14,7 +14,7 @@ def test_the_plain_loop_of_the_documentation_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)
-    assert names["bank"].intact() == ([range(10), range(10, 20)], [])
+    assert names["bank"].stock().tasks == [range(10), range(10, 20)]
     assert names["result"].task_accuracy("h-one-shot") > 0.95
 
 

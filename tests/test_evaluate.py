@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from supsup.config import PROTOCOLS, with_values
-from supsup.evaluate import COUNTS, Evaluation, Evaluator, merge
-from supsup.inference import TaskInference, infer
+from supsup.evaluate import COUNTS, Evaluation, Evaluator, decisions_per_task, merge
+from supsup.inference import Queries, TaskInference, infer
 from supsup.tasks import permutation
 
 
@@ -28,7 +28,9 @@ def one_by_one(config, data, evaluator, masks, learned, task, method) -> dict[st
     size = settings.group_size
     for start in range(0, len(images), size):
         group, labels = images[start : start + size], data.test_labels[start : start + size]
-        found = int(infer(engine, group[None, : settings.batch], method, settings.shortlist)[0])
+        found = int(
+            infer(Queries(engine, group[None, : settings.batch], settings.shortlist), method)[0]
+        )
         counts["decisions"] += 1
         counts["task_hits"] += found == task
         for image, label in zip(group, labels, strict=True):
@@ -72,40 +74,101 @@ def test_the_papers_protocol_decides_once_per_128_images(quick, evaluator, train
 
 
 def test_a_sample_of_images_is_drawn_by_seed_and_task(quick, evaluator):
-    groups = [list(evaluator._groups(quick.eval, task)) for task in (0, 0, 1)]
-    (first, labels), (again, _), (other, other_labels) = (group[0] for group in groups)
-    assert first.shape == (20, 1, 64)
-    assert torch.equal(first, again)
-    assert not torch.equal(labels, other_labels)
-    assert not torch.equal(first, other)
+    def drawn(task):
+        (queries,) = evaluator._queries(quick.eval, [task])
+        return queries.images_QG
+
+    assert drawn(0).shape == (20, 1)
+    np.testing.assert_array_equal(drawn(0), drawn(0))
+    assert not np.array_equal(drawn(0), drawn(1))
 
 
-def test_any_cut_gives_the_same_counts(quick, evaluator, trained):
-    whole = evaluator.evaluate(quick.eval, trained.masks, 8, range(8))
+@pytest.mark.parametrize("values", [{}, {"eval.images": 0, "eval.group": 64}], ids=str)
+def test_any_cut_gives_the_same_counts(values, quick, evaluator, trained, monkeypatch):
+    config = with_values(quick, values)
+    whole = evaluator.evaluate(config.eval, trained.masks, 8, range(8))
+    assert whole.tasks == tuple(range(8))
+    # Other batches, too: a few decisions at a time, and the pixels of one group.
+    monkeypatch.setattr("supsup.evaluate._DECISIONS", 7)
+    monkeypatch.setattr("supsup.evaluate._IMAGE_BYTES", 64 * 4 * 64)
     parts = [
-        evaluator.evaluate(quick.eval, trained.masks, 8, tasks)
-        for tasks in (range(5, 8), range(1), range(1, 5))
+        evaluator.evaluate(config.eval, trained.masks, 8, tasks)
+        for tasks in ((5, 7), range(1), (1, 2, 3, 4, 6))
     ]
-    np.testing.assert_array_equal(merge(parts).counts, whole.counts)
+    merged = merge(parts)
+    assert merged.tasks == whole.tasks
+    np.testing.assert_array_equal(merged.counts, whole.counts)
 
 
-def test_a_gap_or_another_bank_is_not_merged(quick, evaluator, trained):
-    part = evaluator.evaluate(quick.eval, trained.masks, 8, range(2))
+def test_masks_may_be_read_only_and_are_not_copied(quick, digits, trained):
+    masks = trained.masks.copy()
+    masks.setflags(write=False)
+    evaluator = Evaluator(quick, digits)
+    evaluator.evaluate(quick.eval, masks, 5, [4])
+    assert evaluator._engines[5].masks.packed_TB.data_ptr() == masks.ctypes.data
+
+
+def test_a_task_twice_or_another_bank_is_not_merged(quick, evaluator, trained):
+    part = evaluator.evaluate(quick.eval, trained.masks, 8, (0, 2))
+    with pytest.raises(ValueError, match="task 2 is in more than one"):
+        merge([part, dataclasses.replace(part, tasks=(1, 2))])
     for odd in (
-        dataclasses.replace(part, first=3),
-        dataclasses.replace(part, first=2, learned=4),
-        dataclasses.replace(part, first=2, methods=("h-one-shot",)),
+        dataclasses.replace(part, tasks=(3, 4), learned=4),
+        dataclasses.replace(part, tasks=(3, 4), methods=("h-one-shot",)),
     ):
-        with pytest.raises(ValueError, match="doesn't continue"):
+        with pytest.raises(ValueError, match="doesn't belong to"):
             merge([part, odd])
 
 
+@pytest.mark.parametrize(
+    ("values", "decisions"),
+    [
+        ({"eval.images": 0}, 360),
+        ({"eval.images": 200}, 200),
+        ({"eval.images": 1000, "eval.group": 128}, 3),
+        ({"eval.images": 200, "eval.batch": 100}, 2),
+    ],
+    ids=str,
+)
+def test_decisions_per_task_are_those_that_are_counted(
+    values, decisions, quick, evaluator, trained
+):
+    settings = with_values(quick, values).eval
+    assert decisions_per_task(settings, 360) == decisions
+    counts = evaluator.evaluate(settings, trained.masks, 2, [1]).counts
+    assert (counts[:, :, COUNTS.index("decisions")] == decisions).all()
+
+
+def evaluation_of(counts, learned, tasks):
+    return Evaluation(
+        learned=learned, tasks=tasks, methods=("h-one-shot",), counts=np.array([counts])
+    )
+
+
 def test_rates():
-    counts = np.array([[[10, 9, 40, 36, 32], [10, 1, 40, 8, 4]]])
-    evaluation = Evaluation(learned=2, first=0, methods=("h-one-shot",), counts=counts)
+    evaluation = evaluation_of([[10, 9, 40, 36, 32], [10, 1, 40, 8, 4]], 2, (0, 1))
     assert evaluation.task_accuracy("h-one-shot") == 0.5
     assert evaluation.accuracy("h-one-shot", "gns") == 44 / 80
     assert evaluation.accuracy("h-one-shot", "gnu") == 36 / 80
+    assert evaluation.images_per_task == 40
+
+
+def test_intervals_are_those_of_the_columns_asked_for():
+    """Two of 10 tasks, 40 of 80 images of each in 10 decisions: equation 10.15 by hand."""
+    evaluation = evaluation_of([[10, 9, 40, 36, 32], [10, 1, 40, 8, 4]], 10, (3, 7))
+
+    def expected(one, two):
+        mean = (one + two) / 2
+        between = (one - mean) ** 2 + (two - mean) ** 2
+        within = (one * (1 - one) + two * (1 - two)) / 2 * 10 / 9
+        return 1.96 * (0.8 * between / 2 + 0.2 * 0.5 * within / (2 * 10)) ** 0.5
+
+    assert evaluation.task_accuracy_half_width("h-one-shot", 80) == pytest.approx(
+        expected(0.9, 0.1)
+    )
+    for scenario, rates in {"gns": (0.9, 0.2), "gnu": (0.8, 0.1)}.items():
+        found = evaluation.accuracy_half_width("h-one-shot", scenario, 80)
+        assert found == pytest.approx(expected(*rates))
 
 
 def test_well_trained_masks_are_found(quick, digits):

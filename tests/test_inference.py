@@ -1,18 +1,14 @@
 """Task inference held against autograd in float64, with each α an explicit variable."""
 
+import typing
+
 import numpy as np
 import pytest
 import torch
 
+from supsup.config import Method
 from supsup.errors import ConfigError
-from supsup.inference import (
-    TaskInference,
-    check_methods,
-    entropy,
-    infer,
-    one_shot,
-    shortlist,
-)
+from supsup.inference import Queries, TaskInference, check_methods, entropy, infer
 from supsup.masking import pack, unpack
 from supsup.models import fixed_weights, make_layers
 
@@ -62,13 +58,11 @@ def test_closed_form_equals_autograd(objective, per_query, k):
 
 
 @pytest.mark.parametrize("objective", ["h", "g"])
-def test_tiles_change_nothing(objective, monkeypatch):
-    from supsup import inference
-
+def test_tiles_change_nothing(objective):
     packed, x = bank(9), images(6, 2)
     whole = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).alpha_gradients(x, objective)
-    monkeypatch.setattr(inference, "_TILE_BYTES", 300 * 100 * 8 * 2)
-    tiled = TaskInference(packed, WEIGHTS, LAYERS, CLASSES).alpha_gradients(x, objective)
+    memory = 16 * 8 * 8 * packed.shape[1]  # two queries, and four masks, at a time
+    tiled = TaskInference(packed, WEIGHTS, LAYERS, CLASSES, memory).alpha_gradients(x, objective)
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
 
 
@@ -83,7 +77,7 @@ def test_one_shot_is_the_steepest_descent():
     packed, x = bank(12), images(4, 1)
     engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
     expected = [int((-autograd_alpha(packed, q, "h")).argmax()) for q in x]
-    assert one_shot(engine, x, "h").tolist() == expected
+    assert infer(Queries(engine, x), "h-one-shot").tolist() == expected
 
 
 def test_shortlist_is_the_surest_of_the_steepest():
@@ -95,13 +89,13 @@ def test_shortlist_is_the_surest_of_the_steepest():
             order = autograd_alpha(packed, query, "h").argsort()[:size].tolist()
             entropies = {t: float(entropy(engine.logits(t, query)).mean()) for t in order}
             expected.append(min(entropies, key=entropies.get))
-        assert shortlist(engine, x, "h", size).tolist() == expected
+        assert infer(Queries(engine, x, size), "h-shortlist").tolist() == expected
 
 
-@pytest.mark.parametrize("method", ["h-one-shot", "g-one-shot", "h-shortlist", "g-shortlist"])
+@pytest.mark.parametrize("method", typing.get_args(Method))
 def test_every_method_answers_for_one_image_and_one_mask(method):
     engine = TaskInference(bank(1), WEIGHTS, LAYERS, CLASSES)
-    assert infer(engine, images(2, 1), method).tolist() == [0, 0]
+    assert infer(Queries(engine, images(2, 1)), method).tolist() == [0, 0]
 
 
 def test_predictions_are_of_the_chosen_mask_and_the_real_classes():
@@ -118,3 +112,51 @@ def test_g_needs_superfluous_neurons():
     check_methods(("g-one-shot",), 11, 10)
     with pytest.raises(ConfigError, match=r"g-one-shot.*output_size is 10, must be above 10"):
         check_methods(("h-one-shot", "g-one-shot"), 10, 10)
+
+
+def test_sketch_is_one_shot_where_it_sees_everything():
+    engine, x = TaskInference(bank(40), WEIGHTS, LAYERS, CLASSES), images(5, 2)
+    expected = infer(Queries(engine, x), "h-one-shot")
+    assert torch.equal(infer(Queries(engine, x, 1, 1.0), "h-sketch"), expected)
+    assert torch.equal(infer(Queries(engine, x, 40, 0.01), "h-sketch"), expected)
+
+
+def test_binary_halves_by_the_gradient_of_what_is_left():
+    packed, x = bank(11), images(3, 2)
+    found = infer(Queries(TaskInference(packed, WEIGHTS, LAYERS, CLASSES), x), "h-binary")
+    for query, task in zip(x, found.tolist(), strict=True):
+        left = list(range(11))
+        while len(left) > 1:
+            gradient = autograd_alpha(packed[left], query, "h")
+            left = sorted(left[i] for i in gradient.argsort()[: (len(left) + 1) // 2].tolist())
+        assert left == [task]
+
+
+def test_gradient_descent_lowers_the_entropy_of_the_superposition():
+    packed, x = bank(6), images(4, 3)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    for query, task in zip(x, infer(Queries(engine, x), "h-gradient-descent"), strict=True):
+        corner = torch.nn.functional.one_hot(task, 6).double()
+        uniform = torch.full((6,), 1 / 6, dtype=torch.float64)
+        before, after = (
+            entropy(superposition_logits(packed, alpha, query)).mean()
+            for alpha in (uniform, corner)
+        )
+        assert after < before
+
+
+def test_all_masks_takes_the_surest_of_all():
+    packed, x = bank(9), images(4, 2)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    surest = [[float(entropy(engine.logits(t, q)).mean()) for t in range(9)] for q in x]
+    assert infer(Queries(engine, x), "h-all-masks").tolist() == np.argmin(surest, axis=1).tolist()
+
+
+def test_gradient_where_some_alphas_are_zero():
+    packed, x = bank(8), images(1, 3)[0]
+    tasks, alpha = torch.tensor([1, 4, 5]), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    free = alpha.clone().requires_grad_()
+    entropy(superposition_logits(packed[tasks], free, x)).mean().backward()
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    found = engine.gradient_at(x, "h", tasks, alpha)
+    torch.testing.assert_close(found, free.grad, rtol=1e-9, atol=1e-14)

@@ -92,20 +92,30 @@ def test_evaluations_are_kept_by_setting(tmp_path):
     folder = RunFolder(tmp_path, "a")
     folder.path.mkdir()
     settings = with_values(RunConfig(), {"eval.methods": "h-one-shot"}).eval
-    counts = np.arange(15).reshape(1, 3, 5)
-    evaluation = Evaluation(learned=3, first=0, methods=("h-one-shot",), counts=counts)
+    counts = np.arange(10).reshape(1, 2, 5)
+    tasks = (0, 2)
+    evaluation = Evaluation(learned=3, tasks=tasks, methods=("h-one-shot",), counts=counts)
     folder.write_evaluation(settings, evaluation)
-    found = folder.read_evaluation(settings, 3)
+    found = folder.read_evaluation(settings, 3, tasks)
     assert dataclasses.replace(found, counts=0) == dataclasses.replace(evaluation, counts=0)
     np.testing.assert_array_equal(found.counts, counts)
-    elsewhere = dataclasses.replace(settings, at=(1, 2))
-    assert folder.read_evaluation(elsewhere, 3) is not None
-    assert folder.read_evaluation(dataclasses.replace(settings, images=7), 3) is None
-    assert folder.read_evaluation(settings, 2) is None
+    elsewhere = dataclasses.replace(settings, at=(1, 2), memory_mb=64)
+    assert folder.read_evaluation(elsewhere, 3, tasks) is not None
+    assert folder.read_evaluation(dataclasses.replace(settings, images=7), 3, tasks) is None
+    assert folder.read_evaluation(settings, 2, tasks) is None
+    assert folder.read_evaluation(settings, 3, (0, 1)) is None
+    assert folder.read_evaluation(settings, 3, (0, 1, 2)) is None
     file = next((folder.path / "evaluations").iterdir())
-    for rubbish in (b"", b"{}", b'{"counts": [[1]]}', json.dumps({"counts": "x"}).encode()):
+    for rubbish in (
+        b"",
+        b"{}",
+        b"[]",
+        b'{"counts": [[1]], "tasks": [0, 2]}',
+        json.dumps({"counts": counts.tolist()}).encode(),
+        json.dumps({"counts": "x", "tasks": [0, 2]}).encode(),
+    ):
         file.write_bytes(rubbish)
-        assert folder.read_evaluation(settings, 3) is None
+        assert folder.read_evaluation(settings, 3, tasks) is None
 
 
 def test_a_run_is_found_by_its_fingerprint(full_bank):

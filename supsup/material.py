@@ -1,0 +1,128 @@
+"""What every engine trains on: a run's data, fixed weights and random streams.
+
+Shapes: T tasks, N images, B images of a batch, P pixels, O outputs and I inputs of a layer.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from supsup.config import RunConfig
+from supsup.datasets import Dataset
+from supsup.errors import ConfigError
+from supsup.masking import initial_scores, pack
+from supsup.models import Layer, fixed_weights, make_layers
+from supsup.seeding import generator
+from supsup.tasks import inverse, permutation
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+#: Test images that go through the network at once.
+TEST_CHUNK = 1000
+
+
+def layers_of(config: RunConfig, data: Dataset) -> tuple[Layer, ...]:
+    """Return the layers of the run's network over this data set.
+
+    Raises:
+        ConfigError: if the network has fewer outputs than the data has classes.
+    """
+    size = config.model.output_size
+    if size < data.classes:
+        raise ConfigError(
+            f"model.output_size is {size}, must be at least {data.classes}, the classes of "
+            f"{data.name}"
+        )
+    return make_layers(config.model.name, data.pixels, size)
+
+
+def batch_indices(root: int, images: int, batch: int, batches: int) -> npt.NDArray[np.int64]:
+    """Return the images [batches, B] of every batch: epochs in fresh orders, end to end."""
+    needed = batch * batches
+    epochs = [
+        generator(root, "order", epoch).permutation(images) for epoch in range(-(-needed // images))
+    ]
+    return np.concatenate(epochs)[:needed].reshape(batches, batch)
+
+
+def learning_rate(config: RunConfig, batch: int) -> float:
+    """Return the rate at a batch of a task, counted from 0."""
+    if config.train.schedule == "constant":
+        return config.train.learning_rate
+    return config.train.learning_rate * (1 - batch / config.train.batches)
+
+
+class Material:
+    """Data, fixed weights, the order of the batches, and where tasks start from."""
+
+    def __init__(self, config: RunConfig, data: Dataset) -> None:
+        """Generate the fixed weights.
+
+        Args:
+            config: with precision and device resolved.
+            data: the data set of the run; its arrays may be read-only.
+        """
+        self.config, self.data = config, data
+        self.device = torch.device(config.train.device)
+        self.dtype = DTYPES[config.train.precision]
+        self.layers = layers_of(config, data)
+        self.weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self.layers)]
+        train = config.train
+        order = batch_indices(config.seed, len(data.train_images), train.batch_size, train.batches)
+        self.order = torch.from_numpy(order).to(self.device)
+
+    def on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """Return an array as a tensor on the device, on the CPU without a copy."""
+        with warnings.catch_warnings():
+            # Arrays from an object store are read-only; nothing here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(array).to(self.device)
+
+    def normalised(self, images_BP: Tensor) -> Tensor:
+        """Return pixels as they enter the network, in the training precision."""
+        if images_BP.dtype == self.dtype:
+            return images_BP
+        data = self.data
+        parts = [
+            ((part.float() / data.scale - data.mean) / data.std).to(self.dtype)
+            for part in torch.split(images_BP, TEST_CHUNK)
+        ]
+        return torch.cat(parts)
+
+    def initial_state(self, tasks: range) -> tuple[list[Tensor], list[Tensor]]:
+        """Return fixed weights and initial scores [T, O, I] per layer.
+
+        The columns of the first layer are in each task's pixel order, so that they meet images
+        whose pixels are not permuted.
+        """
+        orders = self._orders(tasks)
+        weights = [weight_OI.expand(len(tasks), -1, -1) for weight_OI in self.weights]
+        scores = [
+            torch.stack(
+                [torch.from_numpy(initial_scores(self.config.seed, t, layer)) for t in tasks]
+            )
+            for layer in self.layers
+        ]
+        undone = [inverse(order) for order in orders]
+        return [_columns(weights[0], undone), *weights[1:]], [
+            _columns(scores[0], undone),
+            *scores[1:],
+        ]
+
+    def packed_masks(self, tasks: range, scores: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
+        """Return the masks [T, bytes] of trained scores, in the order of the fixed weights."""
+        first, *rest = [scores_TOI >= 0 for scores_TOI in scores]
+        return pack([_columns(first, self._orders(tasks)), *rest])
+
+    def _orders(self, tasks: range) -> list[npt.NDArray[np.int64]]:
+        pixels = self.layers[0].inputs
+        return [permutation(self.config.seed, task, pixels) for task in tasks]
+
+
+def _columns(matrices_TOI: Tensor, orders: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    """Reorder the columns of each task's matrix by the task's order."""
+    pairs = zip(matrices_TOI, orders, strict=True)
+    return torch.stack([m_OI[:, torch.from_numpy(order)] for m_OI, order in pairs])

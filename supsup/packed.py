@@ -1,0 +1,254 @@
+"""What task inference asks of packed masks, without ever unpacking the bank.
+
+A mask is a string of bits, and every bit belongs to a weight; numbers per weight lie in vectors of
+as many entries, zero behind a layer's last weight. ``PackedMasks`` answers with torch on any device
+and in any precision, tile by tile; ``LookupMasks`` with C++ kernels (lookup.cpp) in fp32 on a CPU
+with AVX-512. Both are exact but for the order of additions.
+
+Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, N images, O outputs and I inputs of a
+layer, C chunks of 1024 bits, G groups of 64 masks.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from supsup import native
+from supsup.masking import layer_slices, unpack_bits
+from supsup.models import Layer
+
+#: Bytes above the packed bank that a bank's answers may take, unless told otherwise.
+MEMORY_BYTES = 512 << 20
+_CHUNK_BITS, _GROUP = 1024, 64
+
+
+class PackedMasks:
+    """Packed masks [T, B], answered by unpacking tiles of them."""
+
+    def __init__(
+        self,
+        packed_TB: Tensor,
+        weights: Sequence[Tensor],
+        layers: Sequence[Layer],
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """Keep a view of the masks.
+
+        Args:
+            packed_TB: the masks, uint8; may be a view of a larger bank.
+            weights: the fixed weights [O, I] per layer; their type is the precision.
+            layers: the layers of the network.
+            memory_bytes: what answers may take above the packed masks.
+        """
+        self.packed_TB, self.weights, self.layers = packed_TB, list(weights), tuple(layers)
+        self.dtype = weights[0].dtype
+        self.memory_bytes = memory_bytes
+        self.bits = 8 * packed_TB.shape[1]
+
+    def __len__(self) -> int:
+        """Return the number of masks."""
+        return len(self.packed_TB)
+
+    def vectors(self, count: int) -> Tensor:
+        """Return room for that many vectors of numbers per weight, zero, [Q, W or more]."""
+        return self.packed_TB.new_zeros(count, self._vector, dtype=self.dtype)
+
+    def by_layer(self, vectors_QW: Tensor) -> list[Tensor]:
+        """Return views [Q, O, I] of vectors, one per layer."""
+        return [
+            vectors_QW[:, 8 * part.start : 8 * part.start + layer.weights].view(
+                -1, layer.outputs, layer.inputs
+            )
+            for layer, part in layer_slices(self.layers)
+        ]
+
+    def add_up(self, tasks_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Return the vector [1, W] of the sum of some masks, each times its weight."""
+        total_1W = self.vectors(1)
+        for part in torch.split(torch.arange(len(tasks_N)), self._tile()):
+            bits = self._unpacked(self.packed_TB[tasks_N[part]])
+            total_1W[0, : self.bits] += weights_N[part].to(self.dtype) @ bits
+        return total_1W
+
+    def sums(self, vectors_QW: Tensor) -> Tensor:
+        """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added."""
+        sums_QT = vectors_QW.new_empty(len(vectors_QW), len(self))
+        for start in range(0, len(self), self._tile()):
+            tile = slice(start, start + self._tile())
+            bits = self._unpacked(self.packed_TB[tile])
+            sums_QT[:, tile] = vectors_QW[:, : self.bits] @ bits.T
+        return sums_QT
+
+    def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
+        """Return what ``sums`` says of one vector and some masks [N]."""
+        return self._unpacked(self.packed_TB[tasks_N]) @ vector_W[: self.bits]
+
+    def logits(self, task: int, images_NP: Tensor) -> Tensor:
+        """Return the output [N, S] of one mask's network."""
+        masks = self.by_layer(self._unpacked(self.packed_TB[task : task + 1]))
+        hidden = images_NP
+        for i, (weight_OI, mask_1OI) in enumerate(zip(self.weights, masks, strict=True)):
+            hidden = (hidden.relu() if i else hidden) @ (weight_OI * mask_1OI[0]).T
+        return hidden
+
+    @property
+    def _vector(self) -> int:
+        """Entries of a vector: whole words of 32."""
+        return self.bits + -self.bits % 32
+
+    def _tile(self) -> int:
+        """Return how many masks are unpacked at once."""
+        return max(1, self.memory_bytes // (4 * self.bits * self.dtype.itemsize))
+
+    def _unpacked(self, packed_TB: Tensor) -> Tensor:
+        return unpack_bits(packed_TB, self.dtype)
+
+
+class LookupMasks(PackedMasks):
+    """Packed masks, answered by the kernels; on as many threads as torch has."""
+
+    #: Above this number of images, products over an unpacked mask are faster.
+    _FEW_IMAGES = 16
+
+    def __init__(
+        self,
+        packed_TB: Tensor,
+        weights: Sequence[Tensor],
+        layers: Sequence[Layer],
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """Keep a view of the masks; see ``PackedMasks``. Needs ``LookupMasks.fits``."""
+        super().__init__(packed_TB.contiguous(), weights, layers, memory_bytes)
+        kernels = native.load("lookup")
+        if kernels is None:
+            raise RuntimeError("this machine can't have the lookup kernels")
+        self._kernels = kernels
+        self._mask_bytes = ctypes.c_int64(self.packed_TB.shape[1])
+        # Half of the memory for the masks in the kernel's order, the rest for vectors.
+        per_mask = 128 * self._chunks
+        self._at_once = max(_GROUP, memory_bytes // 2 // per_mask // _GROUP * _GROUP)
+
+    @staticmethod
+    def fits(packed_TB: Tensor, dtype: torch.dtype) -> bool:
+        """Say whether the kernels can answer here; compiles them at first."""
+        right = packed_TB.device.type == "cpu" and dtype == torch.float32
+        return right and native.load("lookup") is not None
+
+    def add_up(self, tasks_N: Tensor, weights_N: Tensor) -> Tensor:
+        """See ``PackedMasks.add_up``."""
+        total_1W = self.vectors(1)
+        tasks, weights = tasks_N.contiguous(), weights_N.float().contiguous()
+        self._kernels.add_masks(
+            *self._masks, *map(native.pointer, (tasks, weights)), ctypes.c_int64(len(tasks)),
+            native.pointer(total_1W),
+        )  # fmt: skip
+        return total_1W
+
+    def sums(self, vectors_QW: Tensor) -> Tensor:
+        """See ``PackedMasks.sums``."""
+        queries = len(vectors_QW)
+        sums = []
+        for words, masks in self._interleaved():
+            groups = -(-masks // _GROUP)
+            sums_QT = vectors_QW.new_zeros(queries, groups * _GROUP)
+
+            def look_up(
+                first: int, last: int, words: Tensor = words, sums_QT: Tensor = sums_QT,
+                groups: int = groups,
+            ) -> None:  # fmt: skip
+                sizes = (queries, self._chunks, groups, first, last)
+                self._kernels.lookup_sums(
+                    *map(native.pointer, (words, vectors_QW)),
+                    *map(ctypes.c_int64, sizes),
+                    native.pointer(sums_QT),
+                )
+
+            _spread(look_up, groups)
+            sums.append(sums_QT[:, :masks])
+        return torch.cat(sums, dim=1)
+
+    def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
+        """See ``PackedMasks.sums_of``."""
+        tasks = tasks_N.contiguous()
+        sums_N = vector_W.new_empty(len(tasks))
+        self._kernels.sums_of(
+            *self._masks, native.pointer(tasks), ctypes.c_int64(len(tasks)),
+            *map(native.pointer, (vector_W, sums_N)),
+        )  # fmt: skip
+        return sums_N
+
+    def logits(self, task: int, images_NP: Tensor) -> Tensor:
+        """See ``PackedMasks.logits``."""
+        if len(images_NP) > self._FEW_IMAGES:
+            return super().logits(task, images_NP)
+        mask = ctypes.c_void_p(self.packed_TB.data_ptr() + task * self.packed_TB.shape[1])
+        hidden = images_NP.contiguous()
+        for i, (layer, part) in enumerate(layer_slices(self.layers)):
+            inputs = hidden.relu() if i else hidden
+            hidden = hidden.new_empty(len(images_NP), layer.outputs)
+            self._kernels.masked_layer(
+                mask, self._mask_bytes, ctypes.c_int64(part.start),
+                *map(native.pointer, (self.weights[i], inputs)),
+                *map(ctypes.c_int64, (len(inputs), layer.inputs, layer.outputs)),
+                native.pointer(hidden),
+            )  # fmt: skip
+        return hidden
+
+    @property
+    def _vector(self) -> int:
+        return self._chunks * _CHUNK_BITS
+
+    @property
+    def _chunks(self) -> int:
+        return -(-self.bits // _CHUNK_BITS)
+
+    @property
+    def _masks(self) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+        return native.pointer(self.packed_TB), self._mask_bytes
+
+    def _interleaved(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield tiles of the masks in the kernel's order, with the number of masks in each."""
+        if len(self) <= self._at_once:
+            yield self._whole, len(self)
+            return
+        for packed_TB in torch.split(self.packed_TB, self._at_once):
+            yield self._interleave(packed_TB), len(packed_TB)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self._interleave(self.packed_TB)
+
+    def _interleave(self, packed_TB: Tensor) -> Tensor:
+        groups = -(-len(packed_TB) // _GROUP)
+        words = torch.empty(self._chunks * groups * 32 * _GROUP + 1, dtype=torch.int32)
+        self._kernels.interleave(
+            native.pointer(packed_TB), ctypes.c_int64(len(packed_TB)), self._mask_bytes,
+            native.pointer(words),
+        )  # fmt: skip
+        return words
+
+
+def _spread(work: Callable[[int, int], None], parts: int) -> None:
+    """Do parts ``first`` to ``last - 1`` of some work on every thread; kernels free the lock."""
+    threads = min(torch.get_num_threads(), parts)
+    if threads == 1:
+        work(0, parts)
+        return
+    bounds = [parts * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def packed_masks(
+    packed_TB: Tensor,
+    weights: Sequence[Tensor],
+    layers: Sequence[Layer],
+    memory_bytes: int = MEMORY_BYTES,
+) -> PackedMasks:
+    """Return the fastest way to answer about these masks here."""
+    cls = LookupMasks if LookupMasks.fits(packed_TB, weights[0].dtype) else PackedMasks
+    return cls(packed_TB, weights, layers, memory_bytes)

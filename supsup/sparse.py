@@ -1,0 +1,269 @@
+"""The sparse engine: the first layer over the pixels that are not background.
+
+Four of five pixels of a handwritten digit are background, where a normalised image ``s v + c`` (of
+bytes ``v``) is the constant ``c``. The background's part of the first layer is ``c`` times the sum
+of the masked weights; only the other pixels need products. Forward, gradient and score update of
+that layer are C++ kernels for CPUs with AVX512-BF16 (sparse.cpp); the gradient never leaves the
+registers. The other layers are those of the dense engine. Exact but for rounding: bytes are exact
+in bf16, so the first layer's products are rounded less than the dense engine's.
+
+Shapes: T tasks, B images of a batch, P pixels, Q pairs of pixels, O outputs of the first layer, V
+tiles of 32 outputs.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from supsup import native
+from supsup.datasets import Dataset
+from supsup.dense import CPU_TASKS, DenseLayers
+from supsup.material import TEST_CHUNK, Material, learning_rate
+
+#: Below this fraction of pixels that are not background the kernels are faster than products.
+_DENSE_FRACTION = 0.35
+_TILE = 32
+
+
+def mostly_background(data: Dataset) -> bool:
+    """Say whether so many pixels are background that skipping them pays."""
+    return bool((data.train_images != 0).mean() < _DENSE_FRACTION)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """The pixels of some images that are not background, in pairs by image and one by one."""
+
+    images: int
+    row_start: Tensor
+    row_pair: Tensor
+    row_value: Tensor
+    column_start: Tensor
+    column_image: Tensor
+    column_value: Tensor
+
+    def rows(self) -> tuple[ctypes.c_void_p, ...]:
+        return tuple(map(native.pointer, (self.row_start, self.row_pair, self.row_value)))
+
+    def columns(self) -> tuple[ctypes.c_void_p, ...]:
+        columns = (self.column_start, self.column_image, self.column_value)
+        return tuple(map(native.pointer, columns))
+
+
+class SparseEngine:
+    """Trains tasks together, the first layer over pixels that are not background."""
+
+    def __init__(self, material: Material) -> None:
+        """List the pixels of the test images.
+
+        Raises:
+            RuntimeError: if the kernels can't be had on this machine.
+        """
+        kernels = native.load("sparse")
+        if kernels is None:
+            raise RuntimeError(
+                "train.engine is sparse, but this machine lacks AVX512-BF16 or a C++ compiler; "
+                "give every node the same, or set train.engine to dense"
+            )
+        self.kernels = kernels
+        self.material = material
+        data = material.data
+        self._images = material.on_device(data.train_images)
+        self._labels = material.on_device(data.train_labels)
+        self._batch = self._room(material.config.train.batch_size)
+        images_NP, labels_N = material.on_device(data.test_images), data.test_labels
+        self._test = []
+        for start in range(0, len(labels_N), TEST_CHUNK):
+            chunk = slice(start, start + TEST_CHUNK)
+            pixels = self._room(len(images_NP[chunk]))
+            pairs = self._list(images_NP[chunk], pixels)
+            self._test.append((_trimmed(pixels, pairs), material.on_device(labels_N[chunk])))
+
+    @property
+    def tasks_at_once(self) -> int:
+        """Tasks that ``begin`` should be given at most."""
+        return CPU_TASKS
+
+    def begin(self, tasks: range) -> "SparseGroup":
+        """Return the state of some tasks, untrained."""
+        return SparseGroup(self, tasks)
+
+    def training_batch(self, number: int) -> tuple[_Pixels, Tensor]:
+        """Return the pixels of a batch, good until the next call, and its labels [B]."""
+        indices_B = self.material.order[number]
+        self._list(self._images.index_select(0, indices_B), self._batch)
+        return self._batch, self._labels.index_select(0, indices_B)
+
+    def test_batches(self) -> Sequence[tuple[_Pixels, Tensor]]:
+        """Return the pixels of the test images, and their labels [B], in order."""
+        return self._test
+
+    def update(self, layers: DenseLayers, rate: float) -> None:
+        """Update the scores of dense layers."""
+        train = self.material.config.train
+        buffers = (layers.grad, layers.weights, layers.scores, layers.square_avg, layers.masked)
+        self.kernels.update_scores(
+            *map(native.pointer, buffers),
+            ctypes.c_int64(len(layers.scores)),
+            *map(ctypes.c_float, (rate, train.alpha, train.epsilon, train.batch_size)),
+        )
+
+    def _room(self, images: int) -> _Pixels:
+        pixels = self.material.layers[0].inputs
+        pairs = (pixels + 1) // 2
+
+        def room(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype)
+
+        return _Pixels(
+            images,
+            room(images + 1, torch.int32),
+            room(images * pairs, torch.uint16),
+            room(images * pairs, torch.uint32),
+            room(2 * pairs + 1, torch.int32),
+            room(images * pixels, torch.uint16),
+            room(images * pixels, torch.float32),
+        )
+
+    def _list(self, images_BP: Tensor, pixels: _Pixels) -> int:
+        """Fill in the pixels of some images; return how many pairs there are."""
+        self.kernels.list_pixels(
+            native.pointer(images_BP),
+            *map(ctypes.c_int64, images_BP.shape),
+            *pixels.rows(),
+            *pixels.columns(),
+        )
+        return int(pixels.row_start[-1])
+
+
+def _trimmed(pixels: _Pixels, pairs: int) -> _Pixels:
+    """Keep what a forward pass needs."""
+    none = torch.empty(0)
+    rows = (pixels.row_start, pixels.row_pair[:pairs].clone(), pixels.row_value[:pairs].clone())
+    return _Pixels(pixels.images, *rows, none, none, none)
+
+
+class SparseGroup:
+    """Tasks in training together, their first layers sparse."""
+
+    def __init__(self, engine: SparseEngine, tasks: range) -> None:
+        """Draw the initial scores."""
+        self._engine, self._tasks = engine, tasks
+        material = engine.material
+        weights, scores = material.initial_state(tasks)
+        self._first = [
+            _FirstLayer(engine, weight_OI, score_OI)
+            for weight_OI, score_OI in zip(weights[0], scores[0], strict=True)
+        ]
+        self.layers = DenseLayers(material, weights[1:], scores[1:])
+        batch = material.config.train.batch_size
+        self._outputs = self.layers.activations(batch)
+        self._hidden, self._delta = self._room(batch), self._room(batch)
+
+    def step(self, number: int) -> None:
+        """Train all tasks on one batch."""
+        pixels, y_B = self._engine.training_batch(number)
+        acts = self._forward(pixels, self._hidden, self._outputs)
+        delta = self.layers.backward(acts, y_B)
+        self.layers.propagate(delta, 0, self._delta)
+        rate = learning_rate(self._engine.material.config, number)
+        for first, hidden_BO, delta_BO in zip(self._first, self._hidden, self._delta, strict=True):
+            first.update(pixels, hidden_BO, delta_BO, rate)
+        self._engine.update(self.layers, rate)
+
+    def logits(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the logits [T, B, S] of a training batch as the masks are, and its labels [B]."""
+        pixels, y_B = self._engine.training_batch(number)
+        return self._forward(pixels, self._hidden, self._outputs)[-1], y_B
+
+    def test_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the logits [T, B, S] of the test images, and labels [B], in order."""
+        outputs = self.layers.activations(TEST_CHUNK)
+        for pixels, y_B in self._engine.test_batches():
+            yield self._forward(pixels, self._room(pixels.images), outputs)[-1], y_B
+
+    def scores(self) -> list[Tensor]:
+        """Return the scores [T, O, I] per layer."""
+        first_TOI = torch.stack([first.scores_OI() for first in self._first])
+        return [first_TOI, *self.layers.by_layer(self.layers.scores)]
+
+    def _room(self, images: int) -> Tensor:
+        material = self._engine.material
+        shape = (len(self._tasks), images, material.layers[0].outputs)
+        return torch.empty(shape, dtype=material.dtype)
+
+    def _forward(
+        self, pixels: _Pixels, hidden_TBO: Tensor, outputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        for first, hidden_BO in zip(self._first, hidden_TBO, strict=True):
+            first.forward(pixels, hidden_BO)
+        return self.layers.forward(hidden_TBO, outputs)
+
+
+class _FirstLayer:
+    """The first layer of one task: buffers in tiles [V, P, 32], as the kernels want them."""
+
+    def __init__(self, engine: SparseEngine, weight_OI: Tensor, score_OI: Tensor) -> None:
+        self._kernels = engine.kernels
+        self._shape = weight_OI.shape
+        self._weights = _tiles(weight_OI).to(torch.bfloat16)
+        self._scores = _tiles(score_OI)
+        self._square_avg = torch.zeros_like(self._scores)
+        masked_VPK = torch.where(self._scores >= 0, self._weights, 0)
+        # Both pixels of a pair side by side: [V, Q, 32, 2].
+        self._masked = masked_VPK.view(len(masked_VPK), -1, 2, _TILE).transpose(2, 3).contiguous()
+        self._sum = masked_VPK.float().sum(1).view(-1)
+        material = engine.material
+        data, train = material.data, material.config.train
+        self._affine = tuple(
+            map(ctypes.c_float, (1 / (data.scale * data.std), -data.mean / data.std))
+        )
+        self._smoothing = tuple(map(ctypes.c_float, (train.alpha, train.epsilon)))
+        self._scratch = _aligned(_TILE * train.batch_size)
+
+    def forward(self, pixels: _Pixels, hidden_BO: Tensor) -> None:
+        """Write the layer's output, after the ReLU."""
+        self._kernels.first_layer_forward(
+            *pixels.rows(),
+            *map(native.pointer, (self._masked, self._sum)),
+            *self._affine,
+            *map(ctypes.c_int64, (pixels.images, self._shape[1], self._shape[0])),
+            native.pointer(hidden_BO),
+        )
+
+    def update(self, pixels: _Pixels, hidden_BO: Tensor, delta_BO: Tensor, rate: float) -> None:
+        """Update the scores, given the output and the gradient of the summed loss at it."""
+        buffers = (
+            delta_BO, hidden_BO, self._weights, self._scores, self._square_avg, self._masked,
+            self._sum,
+        )  # fmt: skip
+        self._kernels.first_layer_update(
+            *pixels.columns(),
+            *map(native.pointer, buffers),
+            *self._affine,
+            *map(ctypes.c_int64, (pixels.images, self._shape[1], self._shape[0])),
+            ctypes.c_float(rate),
+            *self._smoothing,
+            native.pointer(self._scratch),
+        )
+
+    def scores_OI(self) -> Tensor:
+        """Return the scores [O, I]."""
+        outputs, inputs = self._shape
+        return self._scores[:, :inputs].transpose(1, 2).reshape(-1, inputs)[:outputs]
+
+
+def _tiles(matrix_OI: Tensor) -> Tensor:
+    """Cut a matrix into tiles [V, I, 32] of 32 outputs; zeros fill it up, inputs to a pair."""
+    outputs, inputs = matrix_OI.shape
+    padded = torch.nn.functional.pad(matrix_OI, (0, inputs % 2, 0, -outputs % _TILE))
+    return padded.view(-1, _TILE, padded.shape[1]).transpose(1, 2).contiguous()
+
+
+def _aligned(size: int) -> Tensor:
+    """Return room for that many floats that starts on a cache line."""
+    room = torch.empty(size + 16)
+    return room[-(room.data_ptr() // 4) % 16 :][:size]

@@ -1,0 +1,92 @@
+"""The lookup kernels held against unpacked masks in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from supsup import native
+from supsup.masking import pack
+from supsup.models import fixed_weights, make_layers
+from supsup.packed import LookupMasks, PackedMasks, packed_masks
+
+LAYERS = make_layers("lenet-300-100", 21, 17)  # layers that don't end on a word, or a byte
+WEIGHTS = [torch.from_numpy(w) for w in fixed_weights(0, LAYERS)]
+needs_kernels = pytest.mark.skipif(
+    not native.supported("lookup"), reason="the processor lacks AVX-512"
+)
+
+
+def random_bank(k: int) -> torch.Tensor:
+    random = np.random.default_rng(k)
+    masks = [torch.from_numpy(random.random((k, x.outputs, x.inputs)) < 0.4) for x in LAYERS]
+    return torch.from_numpy(pack(masks))
+
+
+def both(packed: torch.Tensor, memory: int = 512 << 20) -> tuple[LookupMasks, PackedMasks]:
+    doubles = [w.double() for w in WEIGHTS]
+    return LookupMasks(packed, WEIGHTS, LAYERS, memory), PackedMasks(packed, doubles, LAYERS)
+
+
+def random_vectors(masks: PackedMasks, count: int) -> torch.Tensor:
+    vectors = masks.vectors(count)
+    for layer in masks.by_layer(vectors):
+        layer.copy_(torch.from_numpy(np.random.default_rng(count).normal(size=layer.shape)))
+    return vectors
+
+
+@needs_kernels
+@pytest.mark.parametrize("k", [1, 16, 63, 64, 130])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_sums_are_those_of_unpacked_masks(k, queries):
+    fast, plain = both(random_bank(k))
+    vectors = random_vectors(fast, queries)
+    vectors[0, 1024:4096] = 0  # words of zeros are skipped
+    expected = plain.sums(vectors[:, : plain.bits].double())
+    torch.testing.assert_close(fast.sums(vectors).double(), expected, rtol=1e-5, atol=1e-3)
+    some = torch.arange(k).flip(0)[: k // 2 + 1]
+    few = fast.sums_of(vectors[0], some).double()
+    torch.testing.assert_close(few, expected[0, some], rtol=1e-5, atol=1e-3)
+
+
+@needs_kernels
+def test_little_memory_and_many_threads_change_no_bit():
+    packed = random_bank(300)
+    whole, _ = both(packed)
+    tiled, _ = both(packed, memory=1)
+    vectors = random_vectors(whole, 3)
+    expected = whole.sums(vectors)
+    assert torch.equal(tiled.sums(vectors), expected)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(whole.sums(vectors), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_kernels
+def test_weighted_sums_of_masks():
+    fast, plain = both(random_bank(40))
+    tasks = torch.tensor([3, 39, 0, 7])
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.25])
+    found, expected = fast.add_up(tasks, weights), plain.add_up(tasks, weights)
+    for mine, theirs in zip(fast.by_layer(found), plain.by_layer(expected), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("images", [1, 4, 6, 30])
+def test_logits_of_one_mask(images):
+    fast, plain = both(random_bank(5))
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(images, 21)))
+    found = fast.logits(4, x.float()).double()
+    torch.testing.assert_close(found, plain.logits(4, x), rtol=1e-4, atol=1e-4)
+
+
+def test_float64_is_never_answered_in_fp32():
+    doubles = [w.double() for w in WEIGHTS]
+    assert type(packed_masks(random_bank(2), doubles, LAYERS)) is PackedMasks
+
+
+def test_without_the_kernels_torch_answers(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda name: None)
+    assert type(packed_masks(random_bank(2), WEIGHTS, LAYERS)) is PackedMasks
