@@ -25,8 +25,6 @@ from supsup.packed import MEMORY_BYTES, packed_masks
 
 #: Steps of the gradient descent on α, and its rate in standard deviations of the first gradient.
 _DESCENT_STEPS, _DESCENT_RATE = 8, 1.0
-#: Numbers that the sketch keeps or drops together.
-_WORD = 32
 
 
 # --- objectives ------------------------------------------------------------------------------
@@ -240,21 +238,14 @@ def sketch(queries: Queries, objective: str) -> Tensor:
     size = min(queries.shortlist, len(masks))
     found = []
     for factors_QW in queries.engine.factors(queries.images_QNP, objective):
-        leading_QK = masks.sums(_largest_words(factors_QW, queries.sketch)).topk(
-            size, dim=1, largest=False
-        )
-        for factor_W, leading_K in zip(factors_QW, leading_QK.indices, strict=True):
+        sizes_QD = masks.word_sizes(factors_QW)
+        kept = min(round(queries.sketch * sizes_QD.shape[1]), sizes_QD.shape[1] - 1)
+        least_Q = sizes_QD.kthvalue(sizes_QD.shape[1] - kept, dim=1).values
+        sums_QT = masks.sums(factors_QW, least_Q)
+        leading_QK = sums_QT.topk(size, dim=1, largest=False).indices
+        for factor_W, leading_K in zip(factors_QW, leading_QK, strict=True):
             found.append(leading_K[masks.sums_of(factor_W, leading_K).argmin()])
     return torch.stack(found)
-
-
-def _largest_words(factors_QW: Tensor, part: float) -> Tensor:
-    """Return the vectors with all but the words of the largest sums of magnitudes set to zero."""
-    words_QDw = factors_QW.view(len(factors_QW), -1, _WORD)
-    size_QD = words_QDw.abs().sum(-1)
-    kept = max(1, round(part * size_QD.shape[1]))
-    kept_QD = torch.zeros_like(size_QD).scatter_(1, size_QD.topk(kept, dim=1).indices, 1)
-    return (words_QDw * kept_QD[..., None]).flatten(1)
 
 
 def binary(queries: Queries, objective: str) -> Tensor:

@@ -39,13 +39,16 @@ __mmask16 lanes_left(int64_t left) {
   return left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
 }
 
+// The magnitudes of a word's values, added.
+float size_of(__m512 low, __m512 high) {
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+}
+
 // Fill the tables of a word: table[n][m] is the sum of values[4 n + b] over the bits b of m.
-// Returns whether any value is not zero.
-bool fill_tables(const float* values, float* tables) {
+// Returns false, and fills nothing, if the magnitudes of the values add up to no more than `least`.
+bool fill_tables(const float* values, float least, float* tables) {
   const __m512 low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + kLanes);
-  if (!(_mm512_cmp_ps_mask(low, _mm512_setzero_ps(), _CMP_NEQ_UQ) |
-        _mm512_cmp_ps_mask(high, _mm512_setzero_ps(), _CMP_NEQ_UQ)))
-    return false;
+  if (size_of(low, high) <= least) return false;
   for (int n = 0; n < kNibbles; n++) {
     __m512 table = _mm512_setzero_ps();
     table = _mm512_mask_add_ps(table, 0xaaaa, table, _mm512_set1_ps(values[4 * n]));
@@ -76,10 +79,18 @@ void interleave(const uint8_t* packed_TB, int64_t masks, int64_t bytes, uint32_t
   }
 }
 
+// sizes [D] = the magnitudes of the 32 values of each word, added.
+void word_sizes(const float* values, int64_t words, float* sizes) {
+  for (int64_t d = 0; d < words; d++, values += kWordBits)
+    sizes[d] = size_of(_mm512_loadu_ps(values), _mm512_loadu_ps(values + kLanes));
+}
+
 // sums [Q, 64 G] = for each query and mask, the values [Q, 1024 C] of the bits that are set, added.
-// Words of a query whose values are all zero cost nothing. Only groups first..last - 1 are done.
-void lookup_sums(const uint32_t* words, const float* values_QW, int64_t queries, int64_t chunks,
-                 int64_t groups, int64_t first, int64_t last, float* sums_QT) {
+// Words whose magnitudes add up to no more than the query's `least` are left out, and cost nothing.
+// Only groups first..last - 1 are done.
+void lookup_sums(const uint32_t* words, const float* values_QW, const float* least_Q,
+                 int64_t queries, int64_t chunks, int64_t groups, int64_t first, int64_t last,
+                 float* sums_QT) {
   alignas(64) float tables[kWords][kNibbles][kLanes];
   int64_t used[kWords];
   for (int64_t c = 0; c < chunks; c++)
@@ -87,7 +98,7 @@ void lookup_sums(const uint32_t* words, const float* values_QW, int64_t queries,
       const float* values = values_QW + (q * chunks + c) * kChunkBits;
       int64_t count = 0;
       for (int64_t d = 0; d < kWords; d++)
-        if (fill_tables(values + d * kWordBits, tables[count][0])) used[count++] = d;
+        if (fill_tables(values + d * kWordBits, least_Q[q], tables[count][0])) used[count++] = d;
       if (!count) continue;
       for (int64_t g = first; g < last; g++) {
         const uint32_t* group = words + (c * groups + g) * kWords * kGroup;

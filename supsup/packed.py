@@ -23,6 +23,8 @@ from supsup.models import Layer
 
 #: Bytes above the packed bank that a bank's answers may take, unless told otherwise.
 MEMORY_BYTES = 512 << 20
+#: Numbers that ``sums`` keeps or leaves out together.
+WORD = 32
 _CHUNK_BITS, _GROUP = 1024, 64
 
 
@@ -74,14 +76,24 @@ class PackedMasks:
             total_1W[0, : self.bits] += weights_N[part].to(self.dtype) @ bits
         return total_1W
 
-    def sums(self, vectors_QW: Tensor) -> Tensor:
-        """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added."""
+    def sums(self, vectors_QW: Tensor, least_Q: Tensor | None = None) -> Tensor:
+        """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added.
+
+        Words of 32 numbers whose ``word_sizes`` are no more than ``least_Q`` are left out.
+        """
+        if least_Q is not None:
+            kept_QD = self.word_sizes(vectors_QW) > least_Q[:, None]
+            vectors_QW = vectors_QW * kept_QD.repeat_interleave(WORD, dim=1)
         sums_QT = vectors_QW.new_empty(len(vectors_QW), len(self))
         for start in range(0, len(self), self._tile()):
             tile = slice(start, start + self._tile())
             bits = self._unpacked(self.packed_TB[tile])
             sums_QT[:, tile] = vectors_QW[:, : self.bits] @ bits.T
         return sums_QT
+
+    def word_sizes(self, vectors_QW: Tensor) -> Tensor:
+        """Return the sum of the magnitudes of every word of 32 numbers [Q, W / 32]."""
+        return vectors_QW.view(len(vectors_QW), -1, WORD).abs().sum(-1)
 
     def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
         """Return what ``sums`` says of one vector and some masks [N]."""
@@ -97,8 +109,8 @@ class PackedMasks:
 
     @property
     def _vector(self) -> int:
-        """Entries of a vector: whole words of 32."""
-        return self.bits + -self.bits % 32
+        """Entries of a vector: whole words."""
+        return self.bits + -self.bits % WORD
 
     def _tile(self) -> int:
         """Return how many masks are unpacked at once."""
@@ -148,9 +160,11 @@ class LookupMasks(PackedMasks):
         )  # fmt: skip
         return total_1W
 
-    def sums(self, vectors_QW: Tensor) -> Tensor:
+    def sums(self, vectors_QW: Tensor, least_Q: Tensor | None = None) -> Tensor:
         """See ``PackedMasks.sums``."""
         queries = len(vectors_QW)
+        if least_Q is None:
+            least_Q = vectors_QW.new_zeros(queries)
         sums = []
         for words, masks in self._interleaved():
             groups = -(-masks // _GROUP)
@@ -162,7 +176,7 @@ class LookupMasks(PackedMasks):
             ) -> None:  # fmt: skip
                 sizes = (queries, self._chunks, groups, first, last)
                 self._kernels.lookup_sums(
-                    *map(native.pointer, (words, vectors_QW)),
+                    *map(native.pointer, (words, vectors_QW, least_Q)),
                     *map(ctypes.c_int64, sizes),
                     native.pointer(sums_QT),
                 )
@@ -170,6 +184,16 @@ class LookupMasks(PackedMasks):
             _spread(look_up, groups)
             sums.append(sums_QT[:, :masks])
         return torch.cat(sums, dim=1)
+
+    def word_sizes(self, vectors_QW: Tensor) -> Tensor:
+        """See ``PackedMasks.word_sizes``."""
+        sizes_QD = vectors_QW.new_empty(len(vectors_QW), vectors_QW.shape[1] // WORD)
+        self._kernels.word_sizes(
+            native.pointer(vectors_QW),
+            ctypes.c_int64(sizes_QD.numel()),
+            native.pointer(sizes_QD),
+        )
+        return sizes_QD
 
     def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
         """See ``PackedMasks.sums_of``."""

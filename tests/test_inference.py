@@ -117,7 +117,7 @@ def test_g_needs_superfluous_neurons():
 def test_sketch_is_one_shot_where_it_sees_everything():
     engine, x = TaskInference(bank(40), WEIGHTS, LAYERS, CLASSES), images(5, 2)
     expected = infer(Queries(engine, x), "h-one-shot")
-    assert torch.equal(infer(Queries(engine, x, 1, 1.0), "h-sketch"), expected)
+    assert torch.equal(infer(Queries(engine, x, 40, 1.0), "h-sketch"), expected)
     assert torch.equal(infer(Queries(engine, x, 40, 0.01), "h-sketch"), expected)
 
 

@@ -49,6 +49,20 @@ def test_sums_are_those_of_unpacked_masks(k, queries):
 
 
 @needs_kernels
+def test_small_words_are_left_out():
+    fast, plain = both(random_bank(70))
+    vectors = random_vectors(fast, 2)
+    sizes = fast.word_sizes(vectors)
+    torch.testing.assert_close(sizes, PackedMasks.word_sizes(plain, vectors))
+    least = sizes.median(1).values
+    padded = plain.vectors(2)
+    padded[:, : plain.bits] = vectors[:, : plain.bits].double()
+    found, expected = fast.sums(vectors, least).double(), plain.sums(padded, least.double())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(found, plain.sums(padded), atol=0.1)
+
+
+@needs_kernels
 def test_little_memory_and_many_threads_change_no_bit():
     packed = random_bank(300)
     whole, _ = both(packed)
