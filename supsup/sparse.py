@@ -130,6 +130,7 @@ class SparseEngine:
 
     def _list(self, images_BP: Tensor, pixels: _Pixels) -> int:
         """Fill in the pixels of some images; return how many pairs there are."""
+        images_BP = images_BP.contiguous()
         self.kernels.list_pixels(
             native.pointer(images_BP),
             *map(ctypes.c_int64, images_BP.shape),

@@ -24,7 +24,7 @@ DATA = "0" * 64
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    return resolve(config, device="cpu", native_bf16=True)
+    return resolve(config, device="cpu", native_bf16=True, sparse=False)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -28,9 +28,9 @@ def both(packed: torch.Tensor, memory: int = 512 << 20) -> tuple[LookupMasks, Pa
 
 
 def random_vectors(masks: PackedMasks, count: int) -> torch.Tensor:
-    vectors = masks.vectors(count)
+    vectors, random = masks.vectors(count), np.random.default_rng(count)
     for layer in masks.by_layer(vectors):
-        layer.copy_(torch.from_numpy(np.random.default_rng(count).normal(size=layer.shape)))
+        layer.copy_(torch.from_numpy(random.normal(size=layer.shape)))
     return vectors
 
 
@@ -54,7 +54,7 @@ def test_small_words_are_left_out():
     vectors = random_vectors(fast, 2)
     sizes = fast.word_sizes(vectors)
     torch.testing.assert_close(sizes, PackedMasks.word_sizes(plain, vectors))
-    least = sizes.median(1).values
+    least = sizes.sort(1).values[:, 200:202].mean(1)  # between two of them
     padded = plain.vectors(2)
     padded[:, : plain.bits] = vectors[:, : plain.bits].double()
     found, expected = fast.sums(vectors, least).double(), plain.sums(padded, least.double())

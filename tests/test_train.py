@@ -13,8 +13,9 @@ from supsup.config import with_values
 from supsup.datasets import load_dataset
 from supsup.errors import ConfigError, NonFiniteLoss
 from supsup.masking import initial_scores, unpack
+from supsup.material import batch_indices, layers_of, learning_rate
 from supsup.tasks import permutation
-from supsup.train import BlockTrainer, _Block, batch_indices, layers_of, learning_rate
+from supsup.train import BlockTrainer
 
 
 class Threshold(torch.autograd.Function):
@@ -33,12 +34,13 @@ class Obvious:
     """One task trained as everybody would write it: permuted pixels, autograd, torch's RMSprop."""
 
     def __init__(self, trainer: BlockTrainer, task: int, dtype=torch.float32):
-        config, data = trainer.config, trainer.data
+        material = trainer.material
+        config, data = material.config, material.data
         self.config = config
-        self.weights = [weight.to(dtype) for weight in trainer.weights]
+        self.weights = [weight.to(dtype) for weight in material.weights]
         self.scores = [
             torch.from_numpy(initial_scores(config.seed, task, x)).to(dtype).requires_grad_()
-            for x in trainer.layers
+            for x in material.layers
         ]
         train = config.train
         self.optimizer = torch.optim.RMSprop(
@@ -63,9 +65,16 @@ class Obvious:
         return loss.item()
 
 
-def in_weight_order(block: _Block, flat: torch.Tensor, row: int) -> list[torch.Tensor]:
-    first, *rest = [layer[row].clone() for layer in block.by_layer(flat)]
-    return [first[:, torch.from_numpy(block.orders[row])], *rest]
+def in_weight_order(trainer, task, layers_TOI, row) -> list[torch.Tensor]:
+    """One task's part [O, I] of every layer, columns as the fixed weights have them."""
+    first, *rest = [layer_TOI[row].clone() for layer_TOI in layers_TOI]
+    order = permutation(trainer.material.config.seed, task, first.shape[1])
+    return [first[:, torch.from_numpy(order)], *rest]
+
+
+def loss_of(group, number, row=0) -> float:
+    logits, labels = group.logits(number)
+    return cross_entropy(logits[row].float(), labels).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,26 +85,27 @@ def test_the_fast_step_is_the_obvious_one(quick, digits, dtype):
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     trainer = BlockTrainer(quick, dataclasses.replace(digits, train_images=noise, scale=255.0))
     tasks = range(2, 4)
-    block = _Block(trainer, tasks)
+    group = trainer.engine.begin(tasks)
+    layers = group.layers
     references = [Obvious(trainer, task, dtype) for task in tasks]
+
+    def state(flat):
+        by_layer = layers.by_layer(flat)
+        return [in_weight_order(trainer, task, by_layer, row) for row, task in enumerate(tasks)]
+
     for number in range(5):
-        before = [
-            (
-                in_weight_order(block, block.scores, row),
-                in_weight_order(block, block.square_avg, row),
-            )
-            for row in range(len(tasks))
-        ]
-        losses = block.step(number)
+        before, squares = state(layers.scores), state(layers.square_avg)
+        losses = [loss_of(group, number, row) for row in range(len(tasks))]
+        group.step(number)
+        after = state(layers.scores)
         for row, reference in enumerate(references):
-            for score, old, square in zip(reference.scores, *before[row], strict=True):
+            for score, old, square in zip(reference.scores, before[row], squares[row], strict=True):
                 score.data.copy_(old)
                 if number:
                     reference.optimizer.state[score]["square_avg"].copy_(square)
-            assert losses[row].item() == pytest.approx(reference.step(number), rel=1e-5)
-            found = in_weight_order(block, block.scores, row)
+            assert losses[row] == pytest.approx(reference.step(number), rel=1e-5)
             for i, (score, mine, old) in enumerate(
-                zip(reference.scores, found, before[row][0], strict=True)
+                zip(reference.scores, after[row], before[row], strict=True)
             ):
                 # RMSprop divides by the root of the mean square, so a gradient that is nothing
                 # but rounding moves its score by a whole step, of either sign.
@@ -110,10 +120,13 @@ def test_the_fast_step_is_the_obvious_one(quick, digits, dtype):
 def test_without_interference_the_fast_training_is_the_obvious_one(trainer, quick):
     """Twelve steps on their own: rounding may flip few masks, and the losses stay together."""
     reference = Obvious(trainer, 1)
-    block = _Block(trainer, range(1, 2))
+    group = trainer.engine.begin(range(1, 2))
     for number in range(quick.train.batches):
-        assert block.step(number).item() == pytest.approx(reference.step(number), rel=1e-1)
-    for mine, score in zip(in_weight_order(block, block.scores, 0), reference.scores, strict=True):
+        loss = loss_of(group, number)
+        group.step(number)
+        assert loss == pytest.approx(reference.step(number), rel=1e-1)
+    found = in_weight_order(trainer, 1, group.scores(), 0)
+    for mine, score in zip(found, reference.scores, strict=True):
         assert ((mine >= 0) == (score >= 0)).float().mean() > 0.97
 
 
@@ -134,14 +147,15 @@ def test_training_learns(quick, digits):
 
 def test_masks_are_stored_in_the_order_of_the_weights(trainer, trained, digits):
     """The packed mask over the plain weights, fed permuted pixels, has the stored accuracy."""
+    material = trainer.material
     for task in (0, 7):
         masks = unpack(
-            torch.from_numpy(trained.masks[task : task + 1]), trainer.layers, torch.float32
+            torch.from_numpy(trained.masks[task : task + 1]), material.layers, torch.float32
         )
-        order = torch.from_numpy(permutation(trainer.config.seed, task, digits.pixels))
-        images, labels = trainer.images("test", slice(None))
-        hidden = images[:, order]
-        for i, (weight, mask) in enumerate(zip(trainer.weights, masks, strict=True)):
+        order = torch.from_numpy(permutation(material.config.seed, task, digits.pixels))
+        pixels, labels = map(torch.from_numpy, (digits.test_images, digits.test_labels))
+        hidden = material.normalised(pixels)[:, order]
+        for i, (weight, mask) in enumerate(zip(material.weights, masks, strict=True)):
             hidden = (hidden.relu() if i else hidden) @ (weight * mask[0]).T
         correct = (hidden[:, : digits.classes].argmax(1) == labels).sum()
         assert correct == trained.gg_correct[task]
@@ -149,7 +163,7 @@ def test_masks_are_stored_in_the_order_of_the_weights(trainer, trained, digits):
 
 def test_weights_do_not_depend_on_the_number_of_tasks(quick, digits, trainer):
     more = BlockTrainer(with_values(quick, {"tasks": 2500}), digits)
-    for a, b in zip(trainer.weights, more.weights, strict=True):
+    for a, b in zip(trainer.material.weights, more.material.weights, strict=True):
         assert torch.equal(a, b)
 
 
@@ -165,18 +179,19 @@ def test_bf16_agrees_with_fp32(quick, digits):
     assert abs(accuracy["bf16"] - accuracy["fp32"]) < 0.005
 
 
-def test_the_fallback_gives_the_same_masks(trainer, trained, monkeypatch):
-    from supsup import train
+def test_the_fallback_gives_the_same_masks(quick, digits, trained, monkeypatch):
+    from supsup import dense
 
-    monkeypatch.setattr(trainer, "_update", train.update_scores)
-    np.testing.assert_array_equal(trainer.train(range(3)).masks, trained.masks[:3])
+    monkeypatch.setattr(dense, "_make_update", lambda device: dense.update_scores)
+    block = BlockTrainer(quick, digits).train(range(3))
+    np.testing.assert_array_equal(block.masks, trained.masks[:3])
 
 
 def test_no_compiler_is_a_warning_and_works(tmp_path):
     code = """
 import warnings
 import torch
-from supsup.train import _make_update
+from supsup.dense import _make_update
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     update = _make_update(torch.device("cpu"))
@@ -222,7 +237,7 @@ def test_there_must_be_an_output_per_class(quick, digits):
 
 @pytest.mark.gpu
 def test_a_gpu_trains_the_same_accuracy(quick, digits):
-    values = {"train.device": "cuda", "train.batches": 150}
+    values = {"train.device": "cuda", "train.engine": "dense", "train.batches": 150}
     block = BlockTrainer(with_values(quick, values), digits).train(range(8))
     again = BlockTrainer(with_values(quick, values), load_dataset("digits", None)).train(range(8))
     np.testing.assert_array_equal(block.masks, again.masks)

@@ -1,0 +1,40 @@
+import pytest
+
+from supsup import native
+from supsup.errors import SlowPath
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path)
+    native.load.cache_clear()
+    yield tmp_path
+    native.load.cache_clear()
+
+
+def test_kernels_are_compiled_once_and_kept(fresh):
+    if not native.supported("lookup"):
+        assert native.load("lookup") is None
+        return
+    assert native.load("lookup") is not None
+    (library,) = (fresh / "kernels").iterdir()
+    built = library.stat().st_mtime_ns
+    native.load.cache_clear()
+    assert native.load("lookup") is not None
+    assert library.stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/c++"])
+def test_no_compiler_is_one_warning_with_a_remedy(fresh, monkeypatch, compiler):
+    monkeypatch.setattr(native, "supported", lambda name: True)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(SlowPath, match=r"can't be compiled.*install a C\+\+ compiler"):
+        assert native.load("lookup") is None
+    assert native.load("lookup") is None  # no second warning: it would be an error here
+
+
+def test_kernels_take_contiguous_tensors_only():
+    import torch
+
+    with pytest.raises(ValueError, match="contiguous"):
+        native.pointer(torch.zeros(4, 4).T)
