@@ -1,31 +1,35 @@
-"""Measure training and task inference; print one table and write one JSON file.
+"""Speed, measured in one run against the plain way: ``make bench``.
 
-All figures are of one process with ``--threads`` threads. A figure is the median of ``--repeat``
-repetitions; the range is behind it.
+Prints one table, and writes it as JSON and the times of decisions as a picture. A figure is the
+median of ``--repeat`` repetitions; lowest and highest are beside it.
 """
 
 import json
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.reference import train_task
-from supsup.config import RECIPES, RunConfig, resolve, with_values
+from supsup.config import RECIPES, RunConfig, with_values
 from supsup.datasets import Dataset, default_data_dir, load_dataset
-from supsup.inference import TaskInference, infer
+from supsup.inference import Queries, TaskInference, infer
 from supsup.masking import mask_bytes
+from supsup.material import layers_of
 from supsup.models import fixed_weights
-from supsup.train import BlockTrainer, layers_of, native_bf16
+from supsup.train import ENGINES, BlockTrainer, resolve_here
 
-REFERENCE_BATCHES = 50
+REFERENCE_BATCHES, ENGINE_BATCHES = 50, 200
+Timings = dict[str, list[float]]
 
 
 def timed(work: Callable[[], object], repeat: int) -> list[float]:
@@ -50,76 +54,102 @@ def matmul_flops(dtype: torch.dtype, repeat: int) -> float:
     return 200 * 2 * 128 * 784 * 300 / statistics.median(timed(work, repeat))
 
 
-def training(config: RunConfig, data: Dataset, repeat: int) -> dict[str, list[float]]:
-    """Return seconds per task of 1000 batches: this engine's, and the plain reference's."""
-    trainer = BlockTrainer(with_values(config, {"train.batches": 1000}), data)
-    engine = [s / 2 for s in timed(lambda: trainer.train(range(2)), repeat)]
-    plain = [
-        s * 1000 / REFERENCE_BATCHES
-        for s in timed(lambda: train_task(config, data, 0, REFERENCE_BATCHES), repeat)
-    ]
-    return {"engine": engine, "plain": plain}
+def step_flops(config: RunConfig, data: Dataset) -> int:
+    """Return the FLOP of a dense training step of one task.
+
+    Forward, and backward to the weights and to the inputs, of which the first layer needs none.
+    """
+    first, *rest = [layer.weights for layer in layers_of(config, data)]
+    return 2 * config.train.batch_size * (2 * first + 3 * sum(rest))
 
 
-def decisions(config: RunConfig, data: Dataset, k: int, repeat: int) -> dict[str, list[float]]:
-    """Return seconds per single-image decision among k random masks, 200 at once and alone."""
+def training(config: RunConfig, data: Dataset, repeat: int) -> Iterator[tuple[str, list[float]]]:
+    """Yield seconds per task of 1000 batches, by engine; the plain reference's last."""
+    usable = [e for e in ENGINES if e in ("dense", resolve_here(config, data).train.engine)]
+    for engine in usable:
+        values = {"train.engine": engine, "train.batches": ENGINE_BATCHES}
+        trainer = BlockTrainer(resolve_here(with_values(config, values), data), data)
+        group = trainer.engine.begin(range(10))
+
+        def steps(group: object = group) -> None:
+            for number in range(ENGINE_BATCHES):
+                group.step(number)  # type: ignore[attr-defined]
+
+        yield engine, [s * 1000 / ENGINE_BATCHES / 10 for s in timed(steps, repeat)]
+    plain = timed(lambda: train_task(config, data, 0, REFERENCE_BATCHES), repeat)
+    yield "plain PyTorch loop", [s * 1000 / REFERENCE_BATCHES for s in plain]
+
+
+def decisions(config: RunConfig, data: Dataset, k: int, repeat: int) -> Timings:
+    """Return ms per single-image decision among k random masks, 256 at once and alone."""
     layers = layers_of(config, data)
     random = np.random.default_rng(0)
     packed = torch.from_numpy(random.integers(0, 256, (k, mask_bytes(layers)), dtype=np.uint8))
     weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
     engine = TaskInference(packed, weights, layers, data.classes)
-    images = torch.randn(200, 1, data.pixels)
+    pixels = torch.from_numpy(data.test_images[:256]).float()[:, None]
+    images = (pixels / data.scale - data.mean) / data.std
     return {
-        name: [
-            s / len(queries) for s in timed(lambda q=queries, m=method: infer(engine, q, m), repeat)
+        f"{method}, {name}": [
+            1000 * s / len(queries)
+            for s in timed(lambda q=queries, m=method: infer(Queries(engine, q), m), repeat)
         ]
-        for name, queries, method in (
-            ("one-shot, 200 at once", images, "h-one-shot"),
-            ("one-shot, alone", images[:1], "h-one-shot"),
-            ("shortlist, 200 at once", images, "h-shortlist"),
-        )
+        for method in ("h-one-shot", "h-sketch", "h-shortlist")
+        for name, queries in (("256 at once", images), ("alone", images[:1]))
     }
 
 
 @click.command()
 @click.option("--data-dir", type=click.Path(path_type=Path), default=None)
-@click.option("--threads", default=1, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="threads of training")
+@click.option("--decision-threads", default=2, show_default=True)
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--output-size", default=500, show_default=True)
-@click.option("--at", default="10,100,1000", show_default=True, help="numbers of masks")
+@click.option("--at", default="10,100,500,1000,2500", show_default=True, help="numbers of masks")
 @click.option("--json", "output", default="benchmark.json", show_default=True)
 def main(
-    data_dir: Path | None, threads: int, repeat: int, output_size: int, at: str, output: str
+    data_dir: Path | None,
+    threads: int,
+    decision_threads: int,
+    repeat: int,
+    output_size: int,
+    at: str,
+    output: str,
 ) -> None:
-    """Benchmark LeNet-300-100 on MNIST."""
+    """Benchmark LeNet-300-100 on MNIST, and 25,000 masks on digits."""
     torch.set_num_threads(threads)
-    config = resolve(RECIPES["permuted-mnist"](), device="cpu", native_bf16=native_bf16("cpu"))
-    config = with_values(config, {"model.output_size": output_size})
+    config = with_values(RECIPES["permuted-mnist"](), {"model.output_size": output_size})
     data = load_dataset("mnist", data_dir or default_data_dir())
-    results: dict[str, list[float]] = {}
-    for name, seconds in training(config, data, repeat).items():
+    results: Timings = {}
+    for name, seconds in training(config, data, repeat):
         results[f"train, s per task of 1000 batches: {name}"] = seconds
-    for k in map(int, at.split(",")):
-        for name, seconds in decisions(config, data, k, repeat).items():
-            results[f"decide among {k} masks, ms: {name}"] = [1000 * s for s in seconds]
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    ceiling = matmul_flops(dtype, repeat)
-    _show(results, ceiling, config, repeat, threads)
+    precision = resolve_here(config, data).train.precision
+    ceiling = matmul_flops(torch.bfloat16 if precision == "bf16" else torch.float32, repeat)
+    torch.set_num_threads(decision_threads)
+    curves = {k: decisions(config, data, k, repeat) for k in map(int, at.split(","))}
+    small = with_values(RECIPES["permuted-digits"](), {"model.output_size": 100})
+    digits = decisions(small, load_dataset("digits", Path()), 25_000, repeat)
+    for k, timings in curves.items():
+        results |= {f"decide among {k} masks, ms: {name}": t for name, t in timings.items()}
+    results |= {f"decide among 25000 masks of digits, ms: {n}": t for n, t in digits.items()}
     body = {
         "results": results,
         "matmul_flops": ceiling,
-        "precision": config.train.precision,
-        "threads": threads,
+        "step_flops": step_flops(config, data),
+        "precision": precision,
+        "threads": {"training": threads, "decisions": decision_threads},
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "torch": str(torch.__version__),
         "machine": platform.processor() or platform.machine(),
     }
     Path(output).write_text(json.dumps(body, indent=1))
+    _picture(curves, Path(output).with_suffix(".png"))
+    _show(body, repeat)
 
 
-def _show(
-    results: dict[str, list[float]], ceiling: float, config: RunConfig, repeat: int, threads: int
-) -> None:
-    table = Table(title=f"median of {repeat}, {threads} threads, torch {torch.__version__}")
+def _show(body: dict, repeat: int) -> None:
+    results: Timings = body["results"]
+    table = Table(title=f"median of {repeat}, threads {body['threads']}, torch {body['torch']}")
     for column in ("what", "median", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, values in results.items():
@@ -127,19 +157,28 @@ def _show(
         table.add_row(name, *(f"{value:.3f}" for value in row))
     console = Console()
     console.print(table)
-    engine, plain = (
-        statistics.median(results[f"train, s per task of 1000 batches: {name}"])
-        for name in ("engine", "plain")
-    )
-    shapes = ((784, 300), (300, 100), (100, config.model.output_size))
-    # Forward, and backward to the weights and to the inputs, of which the first layer needs none.
-    products = 3 * sum(a * b for a, b in shapes) - 784 * 300
-    flops = 2 * 128 * 1000 * products
-    console.print(
-        f"the plain loop takes {plain / engine:.1f} times as long; the engine's products run at "
-        f"{100 * flops / engine / ceiling:.0f} % of {ceiling / 1e9:.0f} GFLOP/s, the "
-        f"{config.train.precision} product of this size alone"
-    )
+    train = {n.partition(": ")[2]: statistics.median(t) for n, t in results.items() if "train" in n}
+    plain = train.pop("plain PyTorch loop")
+    for engine, seconds in train.items():
+        rate = 1000 * body["step_flops"] / seconds
+        console.print(
+            f"{engine}: {plain / seconds:.1f} times as fast as the plain loop; dense products in "
+            f"that time would run at {100 * rate / body['matmul_flops']:.0f} % of "
+            f"{body['matmul_flops'] / 1e9:.0f} GFLOP/s, the {body['precision']} product alone"
+        )
+    console.print(f"peak memory {body['peak_memory_mb']:.0f} MB")
+
+
+def _picture(curves: dict[int, Timings], path: Path) -> None:
+    """Draw the time of a decision against the number of masks."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in next(iter(curves.values())):
+        axes.plot(curves, [statistics.median(t[name]) for t in curves.values()], "o-", label=name)
+    axes.set(xlabel="masks", ylabel="ms per decision", ylim=(0, None))
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 main()

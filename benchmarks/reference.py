@@ -16,9 +16,9 @@ from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.masking import initial_scores
+from supsup.material import layers_of
 from supsup.models import fixed_weights
 from supsup.tasks import permutation
-from supsup.material import layers_of
 
 
 class _Threshold(torch.autograd.Function):

@@ -1,14 +1,15 @@
 """Where the time of a training step goes: ``python -m benchmarks.step``."""
 
+import time
 from pathlib import Path
 
 import click
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from supsup.config import RECIPES, resolve, with_values
+from supsup.config import RECIPES, with_values
 from supsup.datasets import default_data_dir, load_dataset
-from supsup.train import BlockTrainer, _Block, native_bf16
+from supsup.train import BlockTrainer, resolve_here
 
 
 @click.command()
@@ -16,22 +17,26 @@ from supsup.train import BlockTrainer, _Block, native_bf16
 @click.option("--tasks", default=10, show_default=True)
 @click.option("--steps", default=100, show_default=True)
 @click.option("--output-size", default=500, show_default=True)
-def main(data_dir: Path | None, tasks: int, steps: int, output_size: int) -> None:
+@click.option("--engine", default="auto", show_default=True)
+def main(data_dir: Path | None, tasks: int, steps: int, output_size: int, engine: str) -> None:
     """Profile a block of LeNet-300-100 on MNIST, one thread; microseconds per step and task."""
     torch.set_num_threads(1)
-    config = resolve(RECIPES["permuted-mnist"](), device="cpu", native_bf16=native_bf16("cpu"))
-    config = with_values(config, {"model.output_size": output_size})
-    block = _Block(
-        BlockTrainer(config, load_dataset("mnist", data_dir or default_data_dir())), range(tasks)
-    )
+    values = {"model.output_size": output_size, "train.engine": engine}
+    data = load_dataset("mnist", data_dir or default_data_dir())
+    config = resolve_here(with_values(RECIPES["permuted-mnist"](), values), data)
+    group = BlockTrainer(config, data).engine.begin(range(tasks))
     for number in range(10):
-        block.step(number)
+        group.step(number)
+    started = time.perf_counter()
+    for number in range(steps):
+        group.step(number)
+    seconds = time.perf_counter() - started
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for number in range(steps):
-            block.step(number)
+            group.step(number)
     spent = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in spent)
-    click.echo(f"{total / steps / tasks:7.0f} all")
+    click.echo(f"{1e6 * seconds / steps / tasks:7.0f} all, of the {config.train.engine} engine")
+    click.echo("        of these, operations of torch (kernels are not among them):")
     for event in spent[:12]:
         click.echo(f"{event.self_cpu_time_total / steps / tasks:7.0f} {event.key}")
 

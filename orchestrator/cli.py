@@ -196,14 +196,15 @@ def bank_verify(name: str, runs_dir: str) -> None:
     """Read every mask of a RUN, check it, and print the SHA-256 over all masks."""
     from orchestrator.blocks import learned_prefix
     from orchestrator.progress import reporter
+    from supsup.bank import Damage
 
     opened = _open_bank(runs_dir, name)
     damaged = []
     with reporter() as report:
         report.start("tasks read", sum(len(tasks) for tasks, _ in opened.blocks()))
-        for tasks, damage in opened.verify():
+        for tasks, found in opened.verify():
             report.advance("tasks read", len(tasks))
-            damaged += [damage] if damage else []
+            damaged += [found] if isinstance(found, Damage) else []
     for damage in damaged:
         click.echo(f"damaged: {damage}")
     if damaged:

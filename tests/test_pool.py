@@ -7,18 +7,19 @@ import pytest
 import ray
 
 from orchestrator import pool
-from orchestrator.coordinator import RunJobs
-from orchestrator.pool import Job, PoolBroken, WorkerPool, should_retry
-from orchestrator.runfolder import RunFolder
+from orchestrator.pool import Job, PoolBroken, WorkerPool, queue_depth, should_retry
 from orchestrator.worker import WorkerSetup
-from supsup.config import checkpoints
-from tests.test_coordinator import Notes
+from tests.test_coordinator import Notes, make_jobs
 
 
 def test_retries_are_bounded():
     assert [should_retry("died", Counter(died=n)) for n in (1, 3, 4)] == [True, True, False]
     assert [should_retry("raised", Counter(raised=n)) for n in (1, 2)] == [True, False]
     assert should_retry("raised", Counter(raised=1, died=3))
+
+
+def test_workers_have_a_job_in_hand_but_not_the_last_ones():
+    assert [queue_depth(left, workers=4) for left in (0, 3, 4, 100)] == [1, 1, 2, 2]
 
 
 class Moody:
@@ -42,6 +43,9 @@ class Source:
     def __init__(self, *jobs):
         self.jobs = deque(jobs)
         self.results, self.failures, self.retries = {}, {}, []
+
+    def left(self):
+        return len(self.jobs)
 
     def next_job(self):
         return self.jobs.popleft() if self.jobs else None
@@ -89,6 +93,26 @@ def test_workers_that_die_and_die_stop_the_run(moody_pool, monkeypatch):
         moody_pool.run(Source(act("die")))
 
 
+def queued_at_each_result(made, *jobs):
+    """The jobs that each worker has, sorted, whenever the source takes a result."""
+    source, seen = Source(*jobs), []
+    source.done = lambda job, result: seen.append(sorted(len(w.queue) for w in made._state.workers))
+    made.run(source)
+    return seen
+
+
+def test_a_worker_has_its_next_job_while_its_result_is_taken(cluster):
+    made = WorkerPool(ray.remote(Moody).options(num_cpus=1).remote, 1)
+    assert queued_at_each_result(made, *(act(f"b{i}") for i in range(4))) == [[1], [1], [1], [0]]
+    made.close()
+
+
+def test_the_last_job_waits_for_whoever_is_free(moody_pool):
+    """Three jobs, two workers: the third is queued behind neither of the others."""
+    seen = queued_at_each_result(moody_pool, act("a"), act("b"), act("c"))
+    assert seen == [[0, 1], [0, 1], [0, 0]]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_bank(workers, cluster, quick, digits, bank, trained):
     assert run_on(cluster, workers, quick, digits, bank) == []
@@ -96,16 +120,7 @@ def test_any_number_of_workers_gives_the_same_bank(workers, cluster, quick, digi
 
 
 def run_on(cluster, workers, config, digits, bank, meanwhile=lambda pool: None):
-    notes = Notes()
-    jobs = RunJobs(
-        config=config,
-        checkpoints=checkpoints(config),
-        bank=bank,
-        folder=RunFolder(bank.path.parent, bank.path.name),
-        tracker=notes,
-        reporter=notes,
-        put=ray.put,
-    )
+    jobs = make_jobs(config, bank, Notes(), put=ray.put, workers=workers)
     setup = WorkerSetup(config=config, weights_sha256=bank.manifest.weights_sha256)
     data = ray.put(digits)
     made = WorkerPool(lambda: cluster.start_worker(setup, data), workers)
@@ -120,8 +135,8 @@ def test_killed_workers_lose_nothing(cluster, quick, digits, bank, trained):
     killed = []
 
     def kill(made):
-        for worker in made._state.idle:
-            pid = ray.get(worker.pid.remote())
+        for worker in made._state.workers:
+            pid = ray.get(worker.actor.pid.remote())
             psutil.Process(pid).kill()
             killed.append(pid)
         time.sleep(0.5)
@@ -129,3 +144,14 @@ def test_killed_workers_lose_nothing(cluster, quick, digits, bank, trained):
     assert run_on(cluster, 2, quick, digits, bank, kill) == []
     assert len(killed) == 2
     assert (bank.read(range(8)).masks == trained.masks).all()
+
+
+def test_only_the_job_that_ran_is_blamed_for_a_death(cluster):
+    """One worker: the job queued behind a killer is run again, and not counted as a failure."""
+    remote = ray.remote(Moody).options(num_cpus=1)
+    made = WorkerPool(remote.remote, 1)
+    source = Source(act("die"), act("innocent"), act("another"))
+    made.run(source)
+    made.close()
+    assert set(source.results) == {"innocent", "another"}
+    assert Counter(source.retries) == {("die", "died"): 3}

@@ -48,7 +48,7 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     words = ("--name", "whole", "--tasks", "14", "--workers", "1", "--at", "5,14")
     done = supsup(folder, "run", "permuted-digits", *words, *QUICK)
-    for part in ("tasks learned", "H one-shot", "G one-shot", "accuracy.png", "supsup ui"):
+    for part in ("learned", "H one-shot", "G one-shot", "accuracy.png", "supsup ui"):
         assert part in done.stdout
     assert "tasks trained: 14/14" in done.stderr
     return folder
