@@ -137,7 +137,7 @@ def method_name(method: str, settings: EvalConfig) -> str:
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write the per-task table, the table of checkpoints and the picture; return their paths."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in (
         ("per_task.csv", _per_task(results)),

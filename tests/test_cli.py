@@ -143,6 +143,16 @@ def test_evaluating_damaged_tasks_is_refused_and_moves_nothing(supsup, kept_run,
     assert files(tmp_path) == before
 
 
+def test_a_finished_run_is_shown_without_starting_ray(supsup, kept_run, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "init", None)
+    status, out, err = supsup("eval", kept_run, "--scenario", "gg", "--at", "4,8")
+    assert status == 0
+    assert "8 learned" in out
+    assert "starting the workers" not in err
+
+
 def test_a_second_run_on_a_bank_is_refused(supsup, kept_run, tmp_path):
     code = """
 import sys
