@@ -11,7 +11,6 @@ P pixels, B bytes of a packed mask.
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.inference import Queries, TaskInference, infer
 from supsup.masking import mask_bytes
-from supsup.material import layers_of
+from supsup.material import as_tensor, layers_of
 from supsup.models import fixed_weights
 from supsup.sampling import half_width, sampled_images
 from supsup.seeding import generator
@@ -192,7 +191,7 @@ class Evaluator:
             # One superposition at a time: checkpoints are evaluated in turn.
             self._engines = {
                 learned: TaskInference(
-                    _as_tensor(masks_TB[:learned]),
+                    as_tensor(masks_TB[:learned]),
                     self._weights,
                     self._layers,
                     self._data.classes,
@@ -278,11 +277,3 @@ def _classes(engine: TaskInference, found_MQ: Tensor, images_QGP: Tensor) -> Ten
     pairs_MQ = found_MQ * queries + torch.arange(queries)
     distinct, which_MQ = torch.unique(pairs_MQ, return_inverse=True)
     return engine.predict(distinct // queries, images_QGP[distinct % queries])[which_MQ]
-
-
-def _as_tensor(array: npt.NDArray[np.uint8]) -> Tensor:
-    """Return a tensor on the same memory."""
-    with warnings.catch_warnings():
-        # Arrays from an object store are read-only; nothing here writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

@@ -55,6 +55,14 @@ def learning_rate(config: RunConfig, batch: int) -> float:
     return config.train.learning_rate * (1 - batch / config.train.batches)
 
 
+def as_tensor(array: npt.NDArray[np.generic]) -> Tensor:
+    """Return a tensor on the same memory, never to be written to."""
+    with warnings.catch_warnings():
+        # Arrays from an object store are read-only.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
 class Material:
     """Data, fixed weights, the order of the batches, and where tasks start from."""
 
@@ -76,10 +84,7 @@ class Material:
 
     def on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         """Return an array as a tensor on the device, on the CPU without a copy."""
-        with warnings.catch_warnings():
-            # Arrays from an object store are read-only; nothing here writes to them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array).to(self.device)
+        return as_tensor(array).to(self.device)
 
     def normalised(self, images_BP: Tensor) -> Tensor:
         """Return pixels as they enter the network, in the training precision."""
