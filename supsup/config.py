@@ -22,6 +22,8 @@ from pydantic_core import ErrorDetails
 from supsup.errors import ConfigError
 
 MAX_TASKS = 10_000_000
+#: Tasks per block where the user leaves it open, by device.
+_BLOCK_SIZES = {"cpu": 10, "cuda": 250}
 DATASETS = ("digits", "mnist", "fashion-mnist")
 Scenario = Literal["gg", "gns", "gnu"]
 OBJECTIVES = ("h", "g")
@@ -189,8 +191,14 @@ class RunConfig:
     ] = 32
     seed: Annotated[int, _setting("root of every random stream", ge=0, lt=2**64)] = 0
     block_size: Annotated[
-        int, _setting("tasks per block, the unit of work and of commit", ge=1, le=10_000)
-    ] = 10
+        int,
+        _setting(
+            "tasks per block, the unit of work and of commit; 0: 10 on a CPU, 250 on a GPU, which "
+            "trains as many together as its memory holds",
+            ge=0,
+            le=10_000,
+        ),
+    ] = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -405,6 +413,8 @@ def resolve(config: RunConfig, *, device: str, native_bf16: bool, sparse: bool) 
     if config.train.precision == "auto":
         values["train.precision"] = "bf16" if native_bf16 else "fp32"
     train = with_values(config, values).train
+    if config.block_size == 0:
+        values["block_size"] = _BLOCK_SIZES[train.device]
     fits = (train.device, train.precision) == ("cpu", "bf16")
     if train.engine == "auto":
         values["train.engine"] = "sparse" if sparse and fits else "dense"

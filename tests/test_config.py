@@ -138,3 +138,22 @@ def test_the_fingerprint_needs_a_resolved_configuration():
 )
 def test_checkpoints(tasks, at, expected):
     assert checkpoints(with_values(RunConfig(), {"tasks": tasks, "eval.at": at})) == expected
+
+
+def test_a_block_is_larger_on_a_gpu_unless_its_size_is_given():
+    def size(config, device):
+        return resolve(config, device=device, native_bf16=True, sparse=True).block_size
+
+    assert [size(RunConfig(), device) for device in ("cpu", "cuda")] == [10, 250]
+    assert size(RunConfig(block_size=7), "cuda") == 7
+
+
+def test_the_sparse_engine_is_for_bf16_on_a_cpu():
+    def engine(**train):
+        config = with_values(RunConfig(), {f"train.{key}": v for key, v in train.items()})
+        return resolve(config, device="cpu", native_bf16=True, sparse=True).train.engine
+
+    assert engine() == "sparse"
+    assert engine(precision="fp32") == engine(device="cuda") == "dense"
+    with pytest.raises(ConfigError, match=r"train\.engine is sparse.*not fp32 on cpu"):
+        engine(engine="sparse", precision="fp32")
