@@ -12,7 +12,7 @@ import pytest
 
 SUPSUP = str(Path(sys.executable).with_name("supsup"))
 QUICK = (
-    "--train.batches=100", "--model.output-size=30", "--block-size=2", "--eval.images=20",
+    "--train.batches=400", "--model.output-size=30", "--block-size=2", "--eval.images=20",
     "--train.precision=fp32", "--train.device=cpu",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_the_run_is_in_mlflow_for_someone_who_was_told_nothing(whole):
     experiment = client.get_experiment_by_name("supsup")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["train.batches"] == "100"
+    assert run.data.params["train.batches"] == "400"
     assert run.data.tags["tasks"] == "14"
     assert "number of tasks learned" in run.data.tags["mlflow.note.content"]
     kind = client.get_experiment_by_name("supsup").tags["mlflow.experimentKind"]
@@ -102,7 +102,7 @@ def test_killed_and_resumed_gives_the_same_bank(whole, tmp_path):
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_says_how_to_go_on(tmp_path, how, status):
-    words = ("--name", "stopped", "--tasks", "14", "--workers", "1")
+    words = ("--name", "stopped", "--tasks", "1000", "--workers", "1")
     command = subprocess.Popen(
         [SUPSUP, "run", "permuted-digits", *words, *QUICK],
         cwd=tmp_path,
