@@ -174,7 +174,9 @@ def _picture(curves: dict[int, Timings], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in next(iter(curves.values())):
-        axes.plot(curves, [statistics.median(t[name]) for t in curves.values()], "o-", label=name)
+        axes.plot(
+            list(curves), [statistics.median(t[name]) for t in curves.values()], "o-", label=name
+        )
     axes.set(xlabel="masks", ylabel="ms per decision", ylim=(0, None))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()

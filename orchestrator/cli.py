@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ def cli() -> None:
     """Run SupSup (Supermasks in Superposition) on a laptop or a Ray cluster."""
     # Runs, tokens and databases are the user's alone.
     os.umask(0o077)
+    warnings.formatwarning = lambda message, *_args, **_names: f"warning: {message}\n"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

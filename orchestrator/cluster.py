@@ -20,6 +20,7 @@ import ray
 import torch
 
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
+from supsup import native
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
 from supsup.train import native_bf16, sparse_kernels
@@ -53,7 +54,8 @@ class Cluster:
 
 
 def this_machine() -> Machine:
-    """Say what a worker on this machine would run on."""
+    """Say what a worker on this machine would run on; warns of what makes it slow."""
+    native.load("lookup")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Machine(device=device, native_bf16=native_bf16(device), sparse_kernels=sparse_kernels())
 
