@@ -142,7 +142,7 @@ class EvalConfig:
             gt=0,
             le=1,
         ),
-    ] = 0.06
+    ] = 0.25
     memory_mb: Annotated[
         int,
         _setting(

@@ -189,7 +189,7 @@ class Queries:
     """Decisions to take about images [Q, N, P]; what several methods need is computed once."""
 
     def __init__(
-        self, engine: TaskInference, images_QNP: Tensor, shortlist: int = 16, sketch: float = 0.06
+        self, engine: TaskInference, images_QNP: Tensor, shortlist: int = 16, sketch: float = 0.25
     ) -> None:
         """Ask about some images.
 
