@@ -108,6 +108,8 @@ def test_stopped_says_how_to_go_on(tmp_path, how, status):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that put the tests into the background made them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: blocks(tmp_path, "stopped") >= 1)
     command.send_signal(how)
