@@ -23,7 +23,8 @@ from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup import native
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
-from supsup.train import native_bf16, sparse_kernels
+from supsup.sparse import sparse_precisions
+from supsup.train import native_bf16
 
 _REACH_SECONDS = 5.0
 
@@ -34,7 +35,7 @@ class Machine:
 
     device: str
     native_bf16: bool
-    sparse_kernels: bool
+    sparse_precisions: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,9 @@ def this_machine() -> Machine:
     """Say what a worker on this machine would run on; warns of what makes it slow."""
     native.load("lookup")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Machine(device=device, native_bf16=native_bf16(device), sparse_kernels=sparse_kernels())
+    return Machine(
+        device=device, native_bf16=native_bf16(device), sparse_precisions=sparse_precisions()
+    )
 
 
 @contextlib.contextmanager

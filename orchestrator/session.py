@@ -98,7 +98,7 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
             config,
             device=machine.device,
             native_bf16=machine.native_bf16,
-            sparse=machine.sparse_kernels and mostly_background(data),
+            sparse=machine.sparse_precisions if mostly_background(data) else (),
         )
         manifest = make_manifest(config, data)
         folder = _folder(where.runs_dir, name, launch.recipe, manifest)
@@ -308,7 +308,7 @@ def _like_existing(config: RunConfig, folder: RunFolder) -> RunConfig:
         config,
         device=train.device,
         native_bf16=train.precision == "bf16",
-        sparse=train.engine == "sparse",
+        sparse=(train.precision,) if train.engine == "sparse" else (),
     )
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -92,8 +92,8 @@ class TrainConfig:
     engine: Annotated[
         Literal["auto", "dense", "sparse"],
         _setting(
-            "sparse skips background pixels (CPUs with AVX512-BF16, bf16); auto: sparse where it "
-            "can be had and most pixels are background"
+            "sparse skips background pixels (on CPUs: bf16 with AVX512-BF16, fp32 with AVX2); "
+            "auto: sparse where it can be had and most pixels are background"
         ),
     ] = "auto"
 
@@ -395,17 +395,20 @@ def _near(word: str, known: Iterable[str]) -> str:
 # --- identity --------------------------------------------------------------------------------
 
 
-def resolve(config: RunConfig, *, device: str, native_bf16: bool, sparse: bool) -> RunConfig:
+def resolve(
+    config: RunConfig, *, device: str, native_bf16: bool, sparse: Collection[str]
+) -> RunConfig:
     """Return the configuration with ``auto`` replaced by what the workers are.
 
     Args:
         config: as the user gave it.
         device: what ``auto`` means here, "cpu" or "cuda".
         native_bf16: whether that device multiplies bf16 in hardware.
-        sparse: whether the sparse engine can be had there, and pays for this data set.
+        sparse: the precisions in which the sparse engine can be had there; none if it doesn't pay
+            for this data set.
 
     Raises:
-        ConfigError: if the sparse engine is asked for with a device or precision it isn't made for.
+        ConfigError: if the sparse engine is asked for with a device it isn't made for.
     """
     values: dict[str, Any] = {}
     if config.train.device == "auto":
@@ -415,13 +418,13 @@ def resolve(config: RunConfig, *, device: str, native_bf16: bool, sparse: bool) 
     train = with_values(config, values).train
     if config.block_size == 0:
         values["block_size"] = _BLOCK_SIZES[train.device]
-    fits = (train.device, train.precision) == ("cpu", "bf16")
+    fits = train.device == "cpu"
     if train.engine == "auto":
-        values["train.engine"] = "sparse" if sparse and fits else "dense"
+        values["train.engine"] = "sparse" if fits and train.precision in sparse else "dense"
     elif train.engine == "sparse" and not fits:
         raise ConfigError(
-            f"train.engine is sparse, which is made for bf16 on a CPU, not {train.precision} on "
-            f"{train.device}; set it to auto or dense"
+            f"train.engine is sparse, which is made for CPUs, not {train.device}; set it to auto "
+            "or dense"
         )
     return with_values(config, values)
 

@@ -27,6 +27,7 @@ _FLAGS = (
 #: What torch calls the instructions that each source file is written in.
 _NEEDS = {
     "sparse": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"),
+    "sparse_avx2": ("avx2", "fma3"),
     "lookup": ("avx512_f",),
 }
 

@@ -3,9 +3,10 @@
 Four of five pixels of a handwritten digit are background, where a normalised image ``s v + c`` (of
 bytes ``v``) is the constant ``c``. The background's part of the first layer is ``c`` times the sum
 of the masked weights; only the other pixels need products. Forward, gradient and score update of
-that layer are C++ kernels for CPUs with AVX512-BF16 (sparse.cpp); the gradient never leaves the
-registers. The other layers are those of the dense engine. Exact but for rounding: bytes are exact
-in bf16, so the first layer's products are rounded less than the dense engine's.
+that layer are C++ kernels: in bf16 for CPUs with AVX512-BF16 (sparse.cpp), in fp32 for those with
+AVX2 (sparse_avx2.cpp); the gradient never leaves the registers. The other layers are those of the
+dense engine. Exact but for rounding: bytes are exact in bf16, and in fp32 the first layer's
+products are whole numbers, so they are rounded less than the dense engine's.
 
 Shapes: T tasks, B images of a batch, P pixels, Q pairs of pixels, O outputs of the first layer, V
 tiles of 32 outputs.
@@ -26,6 +27,13 @@ from supsup.material import TEST_CHUNK, Material, learning_rate
 #: Below this fraction of pixels that are not background the kernels are faster than products.
 _DENSE_FRACTION = 0.35
 _TILE = 32
+#: The kernels of each precision.
+KERNELS = {"bf16": "sparse", "fp32": "sparse_avx2"}
+
+
+def sparse_precisions() -> tuple[str, ...]:
+    """Return the precisions in which this machine has the kernels; compiles them at first."""
+    return tuple(p for p, name in KERNELS.items() if native.load(name) is not None)
 
 
 def mostly_background(data: Dataset) -> bool:
@@ -62,11 +70,13 @@ class SparseEngine:
         Raises:
             RuntimeError: if the kernels can't be had on this machine.
         """
-        kernels = native.load("sparse")
+        precision = material.config.train.precision
+        kernels = native.load(KERNELS[precision])
         if kernels is None:
+            needs = {"bf16": "AVX512-BF16", "fp32": "AVX2 with FMA"}[precision]
             raise RuntimeError(
-                "train.engine is sparse, but this machine lacks AVX512-BF16 or a C++ compiler; "
-                "give every node the same, or set train.engine to dense"
+                f"train.engine is sparse and train.precision {precision}, but this machine lacks "
+                f"{needs} or a C++ compiler; give every node the same, or set train.engine to dense"
             )
         self.kernels = kernels
         self.material = material
@@ -208,20 +218,22 @@ class _FirstLayer:
     """The first layer of one task: buffers in tiles [V, P, 32], as the kernels want them."""
 
     def __init__(self, engine: SparseEngine, weight_OI: Tensor, score_OI: Tensor) -> None:
+        material = engine.material
         self._kernels = engine.kernels
         self._shape = weight_OI.shape
-        self._weights = _tiles(weight_OI).to(torch.bfloat16)
+        # Weights are ±c. The kernels of fp32 take signs, and c with the pixels.
+        in_bf16 = material.dtype == torch.bfloat16
+        unit = 1.0 if in_bf16 else float(weight_OI.abs().max())
+        self._weights = _tiles(weight_OI / unit).to(torch.bfloat16 if in_bf16 else torch.int8)
         self._scores = _tiles(score_OI)
         self._square_avg = torch.zeros_like(self._scores)
         masked_VPK = torch.where(self._scores >= 0, self._weights, 0)
         # Both pixels of a pair side by side: [V, Q, 32, 2].
         self._masked = masked_VPK.view(len(masked_VPK), -1, 2, _TILE).transpose(2, 3).contiguous()
         self._sum = masked_VPK.float().sum(1).view(-1)
-        material = engine.material
         data, train = material.data, material.config.train
-        self._affine = tuple(
-            map(ctypes.c_float, (1 / (data.scale * data.std), -data.mean / data.std))
-        )
+        slope, background = 1 / (data.scale * data.std), -data.mean / data.std
+        self._affine = tuple(map(ctypes.c_float, (unit * slope, unit * background)))
         self._smoothing = tuple(map(ctypes.c_float, (train.alpha, train.epsilon)))
         self._scratch = _aligned(_TILE * train.batch_size)
 

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from supsup import native
 from supsup.config import RunConfig, resolve
 from supsup.datasets import Dataset
 from supsup.dense import DenseEngine
 from supsup.errors import NonFiniteLoss
 from supsup.material import Material
-from supsup.sparse import SparseEngine, mostly_background
+from supsup.sparse import SparseEngine, mostly_background, sparse_precisions
 
 
 class TaskGroup(Protocol):
@@ -81,17 +80,12 @@ def native_bf16(device: str) -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def sparse_kernels() -> bool:
-    """Say whether this machine has the kernels of the sparse engine; compiles them at first."""
-    return native.load("sparse") is not None
-
-
 def resolve_here(config: RunConfig, data: Dataset) -> RunConfig:
     """Return the configuration with ``auto`` replaced by what is best on this machine."""
     device = config.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    sparse = device == "cpu" and mostly_background(data) and sparse_kernels()
+    sparse = sparse_precisions() if device == "cpu" and mostly_background(data) else ()
     return resolve(config, device=device, native_bf16=native_bf16(device), sparse=sparse)
 
 

@@ -24,7 +24,7 @@ DATA = "0" * 64
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    return resolve(config, device="cpu", native_bf16=True, sparse=False)
+    return resolve(config, device="cpu", native_bf16=True, sparse=())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -142,18 +142,19 @@ def test_checkpoints(tasks, at, expected):
 
 def test_a_block_is_larger_on_a_gpu_unless_its_size_is_given():
     def size(config, device):
-        return resolve(config, device=device, native_bf16=True, sparse=True).block_size
+        return resolve(config, device=device, native_bf16=True, sparse=()).block_size
 
     assert [size(RunConfig(), device) for device in ("cpu", "cuda")] == [10, 250]
     assert size(RunConfig(block_size=7), "cuda") == 7
 
 
-def test_the_sparse_engine_is_for_bf16_on_a_cpu():
-    def engine(**train):
+def test_the_sparse_engine_is_for_cpus_in_the_precisions_that_they_have():
+    def engine(sparse, **train):
         config = with_values(RunConfig(), {f"train.{key}": v for key, v in train.items()})
-        return resolve(config, device="cpu", native_bf16=True, sparse=True).train.engine
+        return resolve(config, device="cpu", native_bf16=True, sparse=sparse).train.engine
 
-    assert engine() == "sparse"
-    assert engine(precision="fp32") == engine(device="cuda") == "dense"
-    with pytest.raises(ConfigError, match=r"train\.engine is sparse.*not fp32 on cpu"):
-        engine(engine="sparse", precision="fp32")
+    assert engine(["bf16"]) == engine(["fp32"], precision="fp32") == "sparse"
+    assert engine(["bf16"], precision="fp32") == engine(["bf16"], device="cuda") == "dense"
+    assert engine([]) == "dense"
+    with pytest.raises(ConfigError, match=r"train\.engine is sparse.*not cuda"):
+        engine(["bf16"], engine="sparse", device="cuda")

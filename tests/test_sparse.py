@@ -10,12 +10,8 @@ from supsup import native
 from supsup.config import with_values
 from supsup.datasets import Dataset
 from supsup.material import Material
-from supsup.sparse import SparseEngine, _FirstLayer, mostly_background
+from supsup.sparse import KERNELS, SparseEngine, _FirstLayer, mostly_background
 from supsup.train import BlockTrainer, resolve_here
-
-pytestmark = pytest.mark.skipif(
-    not native.supported("sparse"), reason="the processor lacks AVX512-BF16"
-)
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +23,11 @@ def background(digits) -> Dataset:
     return dataclasses.replace(digits, train_images=faint[0], test_images=faint[1])
 
 
-@pytest.fixture(scope="module")
-def sparse(quick):
-    return with_values(quick, {"train.precision": "bf16", "train.engine": "sparse"})
+@pytest.fixture(scope="module", params=KERNELS)
+def sparse(quick, request):
+    if not native.supported(KERNELS[request.param]):
+        pytest.skip(f"the processor lacks the instructions of {KERNELS[request.param]}.cpp")
+    return with_values(quick, {"train.precision": request.param, "train.engine": "sparse"})
 
 
 def test_the_first_layer_is_that_of_float64(sparse, background):
@@ -40,18 +38,19 @@ def test_the_first_layer_is_that_of_float64(sparse, background):
     outputs, inputs = weights[0][0].shape
     # A state as after some training: mean squares of any size.
     layer._square_avg.copy_(torch.rand(layer._square_avg.shape) * 1e-4)
-    weight = weights[0][0].bfloat16().double()
+    weight = weights[0][0].to(material.dtype).double()
+    half_ulp = {torch.bfloat16: 2**-8, torch.float32: 2e-6}[material.dtype]
     for number in range(3):
         pixels, _ = engine.training_batch(number)
         images = material.data.train_images[material.order[number].numpy()].astype(np.float64)
         x = torch.from_numpy((images / background.scale - background.mean) / background.std)
         before, square = layer.scores_OI().double(), _untiled(layer._square_avg, outputs, inputs)
-        hidden = torch.empty(len(x), outputs, dtype=torch.bfloat16)
+        hidden = torch.empty(len(x), outputs, dtype=material.dtype)
         layer.forward(pixels, hidden)
         expected = (x @ torch.where(before >= 0, weight, 0).T).relu()
-        torch.testing.assert_close(hidden.double(), expected, rtol=2**-8, atol=1e-5)
+        torch.testing.assert_close(hidden.double(), expected, rtol=half_ulp, atol=1e-5)
 
-        delta = torch.randn(len(x), outputs).bfloat16()
+        delta = torch.randn(len(x), outputs).to(material.dtype)
         layer.update(pixels, hidden, delta, 3e-3)
         delta_in = torch.where(hidden > 0, delta, 0).double()
         grad = (delta_in.T @ x) / len(x) * weight
@@ -61,6 +60,21 @@ def test_the_first_layer_is_that_of_float64(sparse, background):
         torch.testing.assert_close(
             _untiled(layer._square_avg, outputs, inputs), square, rtol=1e-4, atol=1e-12
         )
+
+
+def test_an_image_of_nothing_but_white_overflows_nothing(sparse, digits):
+    white = [
+        np.full((len(x), 320), 255, np.uint8) for x in (digits.train_images, digits.test_images)
+    ]
+    data = dataclasses.replace(digits, train_images=white[0], test_images=white[1])
+    material = Material(sparse, data)
+    engine = SparseEngine(material)
+    weights, scores = (part[0][0].abs() for part in material.initial_state(range(1)))
+    hidden = torch.empty(sparse.train.batch_size, len(weights), dtype=material.dtype)
+    _FirstLayer(engine, weights, scores).forward(engine.training_batch(0)[0], hidden)
+    pixel = (255 / data.scale - data.mean) / data.std
+    expected = pixel * weights.to(material.dtype).double().sum(1).expand_as(hidden)
+    torch.testing.assert_close(hidden.double(), expected, rtol=2**-8, atol=0)
 
 
 def _untiled(tiles: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
@@ -105,8 +119,8 @@ def test_blocks_of_any_size_and_a_new_engine_give_the_same_bits(sparse, backgrou
         np.testing.assert_array_equal(block.gg_correct, whole.gg_correct[part])
 
 
-def test_it_is_chosen_where_most_pixels_are_background(quick, digits, background):
-    auto = with_values(quick, {"train.engine": "auto", "train.precision": "auto"})
+def test_it_is_chosen_where_most_pixels_are_background(sparse, digits, background):
+    auto = with_values(sparse, {"train.engine": "auto"})
     assert not mostly_background(digits)
     assert mostly_background(background)
     assert resolve_here(auto, digits).train.engine == "dense"
@@ -115,5 +129,5 @@ def test_it_is_chosen_where_most_pixels_are_background(quick, digits, background
 
 def test_without_the_kernels_the_engine_is_an_error(sparse, background, monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"lacks AVX512-BF16 or a C\+\+ compiler"):
+    with pytest.raises(RuntimeError, match=r"lacks AVX.* or a C\+\+ compiler"):
         BlockTrainer(sparse, background)
