@@ -80,6 +80,7 @@ def run(
     Recipes:
       permuted-digits   scikit-learn's 8x8 digits; needs no download
       permuted-mnist    PermutedMNIST with LeNet-300-100
+      open-digits       open set (scenario nns) on the digits: no task is ever named
 
     A run with the same training settings as an existing one continues it: asking for 100 tasks
     after 50 trains the other 50.
@@ -269,14 +270,11 @@ def _finish(outcome: "Outcome", runs_dir: str) -> None:
     """Show what came out; exit with 1 if something failed."""
     from rich.console import Console
 
-    from orchestrator.report import table
-
-    if outcome.results:
-        Console(highlight=False).print(table(outcome.results))
-    trained = f"{outcome.trained} tasks trained now, " if outcome.trained else ""
-    first = outcome.first_block_seconds
-    after = f" (first block after {first:.0f} s)" if first else ""
-    click.echo(f"{trained}{outcome.learned} learned, {outcome.seconds:.0f} s in all{after}")
+    if outcome.table:
+        Console(highlight=False).print(outcome.table)
+    first = outcome.first_result_seconds
+    after = f" (first result after {first:.0f} s)" if first else ""
+    click.echo(f"{outcome.summary}, {outcome.seconds:.0f} s in all{after}")
     for path in outcome.files:
         if path.suffix == ".png":
             click.echo(f"picture     {path}")

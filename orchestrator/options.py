@@ -23,6 +23,9 @@ _ALIASES = {
     "model.name": "--model",
     "eval.batch": "--batch",
     "eval.at": "--at",
+    "openset.stream": "--stream",
+    "openset.epsilon": "--epsilon",
+    "openset.budget": "--budget",
 }
 
 

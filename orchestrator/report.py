@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +150,8 @@ def write(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> bytes:
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+    """Return rows as the bytes of a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
@@ -173,7 +174,7 @@ def _per_task(results: Results) -> bytes:
     for task, correct in enumerate(results.gg_correct):
         gg_accuracy = f"{correct / results.test_images:.4f}"
         rows.append([task, gg_accuracy, *inferred.get(task, blank)])
-    return _csv(rows)
+    return as_csv(rows)
 
 
 def _inferred_rates(evaluation: Evaluation, scenario: str) -> dict[int, list[str]]:
@@ -196,7 +197,7 @@ def _per_checkpoint(results: Results) -> bytes:
     """One row per checkpoint: its metrics, what was asked, and 95 % half-widths."""
     columns = [_checkpoint_columns(checkpoint, results) for checkpoint in results.checkpoints]
     keys = list(columns[-1])
-    return _csv([keys, *([values[key] for key in keys] for values in columns)])
+    return as_csv([keys, *([values[key] for key in keys] for values in columns)])
 
 
 def _checkpoint_columns(checkpoint: Checkpoint, results: Results) -> dict[str, object]:
@@ -247,6 +248,11 @@ def _picture(results: Results) -> bytes:
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     if note := sample_note(results):
         axes.set_xlabel(f"tasks learned\n{note.replace('±', 'band')}", fontsize=9)
+    return as_png(figure)
+
+
+def as_png(figure: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()

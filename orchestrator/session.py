@@ -3,24 +3,28 @@
 Everything that a user can get wrong is checked before anything is written.
 """
 
+import contextlib
 import dataclasses
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from rich.table import Table
 
-from orchestrator import report
+from orchestrator import report, stream_report
 from orchestrator.blocks import learned_prefix
 from orchestrator.cluster import Cluster, check_device, connect, put_data
 from orchestrator.coordinator import RunJobs
+from orchestrator.crew import Crew
 from orchestrator.pool import WorkerPool
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
+from orchestrator.stream import StreamRun
 from orchestrator.tracking import Store, Tracker, store_for
 from orchestrator.worker import WorkerSetup
 from supsup.bank import Bank, Stock, locked
@@ -57,12 +61,11 @@ class Outcome:
     """What a command achieved."""
 
     folder: RunFolder
-    results: report.Results | None
+    table: Table | None
     failures: list[str]
-    learned: int
-    trained: int
+    summary: str
     seconds: float
-    first_block_seconds: float | None
+    first_result_seconds: float | None
     bank_bytes: int
     files: list[Path]
     store: Store
@@ -149,13 +152,11 @@ def evaluate(
         {"scenario": launch.config.scenario, "eval.at": (), **settings},
     )
     learned = learned_prefix(tasks for tasks, _ in bank.blocks())
-    at = config.eval.at or checkpoints(dataclasses.replace(config, tasks=max(learned, 1)))
-    if at[-1] > learned:
-        raise ConfigError(
-            f"eval.at is {at[-1]}, must be at most {learned}, the tasks that {name} has learned; "
-            f"train more with supsup run {launch.recipe} --name {name} --tasks {at[-1]}"
-        )
-    config = dataclasses.replace(config, tasks=at[-1])
+    if bank.manifest.config.scenario == "nns":
+        at = _stream_checkpoint(name, config, learned)
+    else:
+        at = _checkpoints_learned(name, config, learned, launch.recipe)
+        config = dataclasses.replace(config, tasks=at[-1])
     data = _load(config, launch.data_dir)
     stock = bank.stock()
     needed = [damage for damage in stock.damaged if damage.tasks.start < at[-1]]
@@ -171,6 +172,40 @@ def evaluate(
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
         report_dir = folder.path / "report" / "+".join(labels)
         return task.work(stock, store, launch, report_dir, started)
+
+
+def _checkpoints_learned(
+    name: str, config: RunConfig, learned: int, recipe: str
+) -> tuple[int, ...]:
+    """Return the numbers of tasks to evaluate at; all must be learned."""
+    if config.scenario == "nns":
+        raise ConfigError(
+            f"scenario is nns, but the tasks of {name} were named in training; choose gns or gnu"
+        )
+    at = config.eval.at or checkpoints(dataclasses.replace(config, tasks=max(learned, 1)))
+    if at[-1] > learned:
+        raise ConfigError(
+            f"eval.at is {at[-1]}, must be at most {learned}, the tasks that {name} has learned; "
+            f"train more with supsup run {recipe} --name {name} --tasks {at[-1]}"
+        )
+    return at
+
+
+def _stream_checkpoint(name: str, config: RunConfig, masks: int) -> tuple[int, ...]:
+    """Return the one checkpoint of an open-set run whose masks are kept: the end of its stream."""
+    if config.scenario != "nns":
+        raise ConfigError(
+            f"scenario is {config.scenario}, but no task was named in the training of {name}: "
+            "it is nns"
+        )
+    if not masks:
+        raise UserError(f"the stream of {name} is not over; go on with supsup resume {name}")
+    if config.eval.at not in ((), (config.tasks,)):
+        raise ConfigError(
+            f"eval.at is {as_text(config.eval.at)}, must be {config.tasks} or none: an open-set "
+            "run keeps the masks of its end alone"
+        )
+    return (config.tasks,)
 
 
 class _Task:
@@ -198,6 +233,8 @@ class _Task:
             f"run {self._folder.name}: {self._config.tasks} tasks on {self._cluster.workers} "
             f"workers ({train.device}, {train.precision})"
         )
+        if self._config.scenario == "nns":
+            return self._work_stream(store, launch, report_dir, started)
         with _tracking(self._folder, store, launch) as tracking:
             if self._train:
                 tracking.tracker.begin(*self._description())
@@ -220,15 +257,51 @@ class _Task:
             for path in files:
                 tracking.tracker.artifact(path)
             tracking.status = "FAILED" if jobs.failures else "FINISHED"
+        now = f"{jobs.trained} tasks trained now, " if jobs.trained else ""
         first = jobs.first_block_at
         return Outcome(
             folder=self._folder,
-            results=results,
+            table=report.table(results) if results else None,
             failures=jobs.failures,
-            learned=jobs.learned,
-            trained=jobs.trained,
+            summary=f"{now}{jobs.learned} learned",
             seconds=time.time() - started,
-            first_block_seconds=first - started if first else None,
+            first_result_seconds=first - started if first else None,
+            bank_bytes=self._bank.size(),
+            files=files,
+            store=store,
+            delivered=tracking.delivered,
+        )
+
+    def _work_stream(
+        self, store: Store, launch: Launch, report_dir: Path, started: float
+    ) -> Outcome:
+        with _tracking(self._folder, store, launch) as tracking:
+            tracking.tracker.begin(*self._description())
+            stream = StreamRun(
+                config=self._config,
+                checkpoints=self._at,
+                data=self._data,
+                bank=self._bank,
+                folder=self._folder,
+                tracker=tracking.tracker,
+                reporter=self._reporter,
+            )
+            with contextlib.ExitStack() as stack:
+                crew = None if stream.settled else stack.enter_context(self._crew())
+                results = stream.work(crew)
+            files = stream_report.write(results, report_dir)
+            for path in files:
+                tracking.tracker.artifact(path)
+            tracking.status = "FINISHED"
+        now = f"{stream.learned_now} segments learned now, " if stream.learned_now else ""
+        first = stream.first_step_at
+        return Outcome(
+            folder=self._folder,
+            table=stream_report.table(results),
+            failures=[],
+            summary=f"{now}{stream.masks} masks for {self._config.tasks} tasks",
+            seconds=time.time() - started,
+            first_result_seconds=first - started if first else None,
             bank_bytes=self._bank.size(),
             files=files,
             store=store,
@@ -236,17 +309,31 @@ class _Task:
         )
 
     def _run_pool(self, jobs: RunJobs) -> None:
+        with self._workers() as start_worker:
+            pool = WorkerPool(start_worker, min(self._cluster.workers, jobs.widest))
+            try:
+                pool.run(jobs)
+            finally:
+                pool.close()
+
+    @contextmanager
+    def _crew(self) -> Iterator[Crew]:
+        with self._workers() as start_worker:
+            crew = Crew(start_worker, self._cluster.workers, self._reporter.note)
+            try:
+                yield crew
+            finally:
+                crew.close()
+
+    @contextmanager
+    def _workers(self) -> Iterator[Callable[[], Any]]:
+        """Give a function that starts a worker, while Ray runs."""
         manifest = self._bank.manifest
         setup = WorkerSetup(config=self._config, weights_sha256=manifest.weights_sha256)
         self._reporter.note("starting the workers")
         with self._cluster.started():
             data = put_data(self._data)
-            size = min(self._cluster.workers, jobs.widest)
-            pool = WorkerPool(lambda: self._cluster.start_worker(setup, data), size)
-            try:
-                pool.run(jobs)
-            finally:
-                pool.close()
+            yield lambda: self._cluster.start_worker(setup, data)
 
     def _description(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the parameters, which never change, and the tags of the MLflow run."""
@@ -363,6 +450,8 @@ def _git_commit() -> str:
 
 def _note(config: RunConfig) -> str:
     """Return the text that MLflow shows above a run, for a reader who was told nothing."""
+    if config.scenario == "nns":
+        return _stream_note(config)
     scenario = {
         "gg": "task given at inference",
         "gns": "task inferred, labels shared between tasks",
@@ -374,4 +463,18 @@ def _note(config: RunConfig) -> str:
         "The step of every metric is the number of tasks learned. `gg/accuracy` is the upper "
         "bound: the right mask is given. `*/task_accuracy/*` is how often task inference finds "
         "the right mask. Artifacts: `accuracy.png` (the curve), `accuracy.csv`, `per_task.csv`."
+    )
+
+
+def _stream_note(config: RunConfig) -> str:
+    openset = config.openset
+    told = openset.boundaries == "told"
+    return (
+        f"**SupSup, open set** on permuted {config.dataset}: {config.tasks} tasks in stream "
+        f"`{openset.stream}`; nobody says which task the data belongs to, nor that it changed."
+        f"{' Task boundaries are told, as in the code of the paper.' if told else ''}\n\n"
+        "The step of every metric is the number of tasks gone by. `nns/masks`: masks allocated; "
+        "`nns/missed`: tasks without one; `nns/false_new`: masks for known tasks; `nns/wrong`: "
+        "known data given to another mask. Artifacts: `accuracy.png`, `masks.png`, "
+        "`margins.png`, `checkpoints.csv`, `decisions.csv`."
     )

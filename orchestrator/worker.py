@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +15,10 @@ from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import SlowPath
 from supsup.evaluate import Evaluation, Evaluator
-from supsup.material import layers_of
+from supsup.material import as_tensor, layers_of
 from supsup.models import fixed_weights, weights_sha256
+from supsup.openset import LocalMembers, LocalTrainer, MaskState, Packed, Scores
+from supsup.streams import Segment
 from supsup.train import BlockTrainer, TrainedBlock
 
 #: Threads of a worker. One: matrix products of this size gain nothing from sharing cores.
@@ -65,9 +67,26 @@ class TaskWorker:
         masks_TB: npt.NDArray[np.uint8],
         learned: int,
         tasks: Sequence[int],
+        owners_T: npt.NDArray[np.int64] | None = None,
     ) -> Evaluation:
-        """Evaluate some tasks among the first ``learned`` masks."""
-        return self._evaluator.evaluate(evaluation, masks_TB, learned, tasks)
+        """Evaluate some tasks among the first ``learned`` masks, or an open-set learner's."""
+        return self._evaluator.evaluate(evaluation, masks_TB, learned, tasks, owners_T)
+
+    def given(self, masks_KB: npt.NDArray[np.uint8], tasks: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return how many test images each mask has right, given the task that it is asked."""
+        return self._evaluator.given(masks_KB, tasks)
+
+    # --- open set ------------------------------------------------------------------------------
+
+    def scores(self, changed: Mapping[int, Packed], factor_W: npt.NDArray[np.float32]) -> Scores:
+        """Take in masks of this worker's shard, and answer for all of it: see ``Members``."""
+        for mask, packed_B in sorted(changed.items()):
+            self._members.put(mask, packed_B)
+        return self._members.scores(as_tensor(factor_W))
+
+    def train_mask(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
+        """Train a mask on a segment: see ``Trainer``."""
+        return self._mask_trainer.train(mask, segment, state)
 
     def pid(self) -> int:
         """Return the process id, once the worker is up."""
@@ -77,6 +96,20 @@ class TaskWorker:
     def _trainer(self) -> BlockTrainer:
         self._check_weights()
         return BlockTrainer(self._setup.config, self._data)
+
+    @cached_property
+    def _mask_trainer(self) -> LocalTrainer:
+        self._check_weights()
+        return LocalTrainer(self._setup.config, self._data)
+
+    @cached_property
+    def _members(self) -> LocalMembers:
+        self._check_weights()
+        config = self._setup.config
+        layers = layers_of(config, self._data)
+        return LocalMembers(
+            layers, [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
+        )
 
     @cached_property
     def _evaluator(self) -> Evaluator:

@@ -24,8 +24,8 @@ from supsup.errors import ConfigError
 MAX_TASKS = 10_000_000
 #: Tasks per block where the user leaves it open, by device.
 _BLOCK_SIZES = {"cpu": 10, "cuda": 250}
-DATASETS = ("digits", "mnist", "fashion-mnist")
-Scenario = Literal["gg", "gns", "gnu"]
+DATASETS = ("digits", "digits-16", "mnist", "fashion-mnist")
+Scenario = Literal["gg", "gns", "gnu", "nns"]
 OBJECTIVES = ("h", "g")
 ALGORITHMS = ("shortlist", "one-shot", "sketch", "binary", "gradient-descent", "all-masks")
 Method = Literal[
@@ -173,6 +173,57 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OpenSetConfig:
+    """How tasks are told apart in training when nobody names them. Scenario nns alone."""
+
+    stream: Annotated[
+        Literal["paper", "random-length", "recurring", "fuzzy", "drift"],
+        _setting(
+            "paper: every task once, train.batches each; random-length: lengths drawn; recurring: "
+            "tasks come twice, in halves; fuzzy: tasks mix where one ends; drift: images turn "
+            "slowly"
+        ),
+    ] = "paper"
+    epsilon: Annotated[
+        float,
+        _setting(
+            "a new mask is allocated where k times the largest probability of a mask is below "
+            "1 + epsilon",
+            gt=0,
+            lt=4,
+        ),
+    ] = 0.125
+    threshold: Annotated[
+        Literal["fixed", "calibrated"],
+        _setting("fixed: epsilon is; calibrated: it follows the margins of the decisions so far"),
+    ] = "fixed"
+    budget: Annotated[
+        int,
+        _setting(
+            "masks at most; when all are taken, data that looks new is left out", ge=1, le=MAX_TASKS
+        ),
+    ] = 2500
+    decide_every: Annotated[
+        int, _setting("batches from one decision to the next", ge=1, le=10_000_000)
+    ] = 100
+    boundaries: Annotated[
+        Literal["hidden", "told"],
+        _setting(
+            "told: decisions fall on the first batch of a task and the optimiser starts anew "
+            "there, as in the paper's code"
+        ),
+    ] = "hidden"
+    chunks: Annotated[
+        int,
+        _setting(
+            "parts that the stream is cut into, learned side by side and merged; 1: one stream",
+            ge=1,
+            le=4096,
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     """One experiment: tasks, network, training and evaluation."""
 
@@ -180,11 +231,16 @@ class RunConfig:
     scenario: Annotated[
         Scenario,
         _setting(
-            "gg: task given at inference; gns: inferred, labels shared; gnu: inferred, not shared"
+            "gg: task given at inference; gns: inferred, labels shared; gnu: inferred, not shared; "
+            "nns: never given, not in training either"
         ),
     ] = "gnu"
     dataset: Annotated[
-        str, _setting("digits, mnist, fashion-mnist, or images:DIR with train/ and test/ in it")
+        str,
+        _setting(
+            "digits, digits-16 (16x16 pixels), mnist, fashion-mnist, or images:DIR with train/ and "
+            "test/ in it"
+        ),
     ] = "mnist"
     image_size: Annotated[
         int, _setting("side in pixels that images:DIR is resized to", ge=1, le=512)
@@ -202,6 +258,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    openset: OpenSetConfig = dataclasses.field(default_factory=OpenSetConfig)
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS and not re.fullmatch(r"images:[^\x00-\x1f]+", self.dataset):
@@ -227,6 +284,19 @@ def permuted_digits() -> RunConfig:
     )
 
 
+def open_digits() -> RunConfig:
+    """Open set (NNs) on permuted digits: no task is ever named. Embedded data, a minute or so."""
+    return RunConfig(
+        tasks=20,
+        scenario="nns",
+        # Of 64 pixels, two permutations have too many in common to tell new data from known.
+        dataset="digits-16",
+        model=ModelConfig(output_size=500),
+        train=TrainConfig(batches=300, learning_rate=1e-3),
+        eval=EvalConfig(methods=("h-one-shot", "g-one-shot")),
+    )
+
+
 def permuted_mnist() -> RunConfig:
     """SupSup on PermutedMNIST with LeNet-300-100, s = 100."""
     return RunConfig(tasks=50, dataset="mnist", model=ModelConfig(output_size=100))
@@ -235,23 +305,31 @@ def permuted_mnist() -> RunConfig:
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {
     "permuted-digits": permuted_digits,
     "permuted-mnist": permuted_mnist,
+    "open-digits": open_digits,
 }
 
-#: Values that a protocol fixes, by dotted field. "paper": Section 4.2 and Appendix C.
+_PAPER: Mapping[str, Any] = {
+    "train.batches": 1000,
+    "train.batch_size": 128,
+    "train.learning_rate": 1e-4,
+    "train.schedule": "constant",
+    "train.alpha": 0.99,
+    "train.epsilon": 1e-8,
+    "eval.methods": ("h-one-shot", "g-one-shot"),
+    "eval.batch": 1,
+    "eval.group": 128,
+    "eval.images": 0,
+    "openset.epsilon": 0.125,
+    "openset.threshold": "fixed",
+    "openset.decide_every": 100,
+    "openset.boundaries": "hidden",
+}
+#: Values that a protocol fixes, by dotted field. "paper": Sections 4.2 and 4.3 and Appendix C.
+#: "paper-code": what the paper's code does beyond that, where nns learns of task boundaries.
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
-    "paper": {
-        "train.batches": 1000,
-        "train.batch_size": 128,
-        "train.learning_rate": 1e-4,
-        "train.schedule": "constant",
-        "train.alpha": 0.99,
-        "train.epsilon": 1e-8,
-        "eval.methods": ("h-one-shot", "g-one-shot"),
-        "eval.batch": 1,
-        "eval.group": 128,
-        "eval.images": 0,
-    },
+    "paper": _PAPER,
+    "paper-code": {**_PAPER, "openset.boundaries": "told"},
 }
 
 
@@ -439,12 +517,17 @@ def training_fields(config: RunConfig) -> dict[str, Any]:
     """Return everything that shapes the masks and nothing else, by dotted field.
 
     The number of tasks is not among them: a bank of 50 tasks is the beginning of one of 100.
-    Neither is ``block_size``: blocks of any size give the same masks (a test holds that).
+    Neither is ``block_size``: blocks of any size give the same masks (a test holds that). In
+    scenario nns both count where they matter: a bank is what one whole stream left behind.
     """
     fields = {"family": "permuted", "dataset": config.dataset, "seed": config.seed}
     if config.dataset.startswith("images:"):
         fields |= {"dataset": "images", "image_size": config.image_size}
-    for group in ("model", "train"):
+    groups = ["model", "train"]
+    if config.scenario == "nns":
+        fields |= {"scenario": "nns", "tasks": config.tasks}
+        groups.append("openset")
+    for group in groups:
         values = dataclasses.asdict(getattr(config, group))
         fields |= {f"{group}.{name}": value for name, value in values.items()}
     return fields

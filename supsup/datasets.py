@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import platformdirs
+import torch
+from torch.nn import functional
 
 from supsup.errors import DataError, one_line
 from supsup.seeding import generator
@@ -49,13 +51,13 @@ def default_data_dir() -> Path:
 
 
 def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
-    """Load ``digits``, ``mnist``, ``fashion-mnist`` or ``images:DIR``.
+    """Load ``digits``, ``digits-16``, ``mnist``, ``fashion-mnist`` or ``images:DIR``.
 
     Raises:
         DataError: if it is missing or not what it should be; says which files to put where.
     """
-    if name == "digits":
-        return _digits()
+    if name in _DIGITS:
+        return _digits(name)
     if name.startswith("images:"):
         return _image_folder(Path(name.removeprefix("images:")), image_size)
     return _mnist(name, data_dir)
@@ -103,18 +105,31 @@ def _dataset(
     )
 
 
-def _digits() -> Dataset:
+#: How many times the 8x8 digits are enlarged.
+_DIGITS = {"digits": 1, "digits-16": 2}
+
+
+def _digits(name: str) -> Dataset:
     """scikit-learn's 1797 real digits of 8x8 pixels; a fixed fifth of them is the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = bunch.data.astype(np.uint8)
+    images = _enlarged(bunch.data.astype(np.uint8), 8, _DIGITS[name])
     labels = bunch.target.astype(np.int64)
     order = generator(0, "digits split").permutation(len(images))
     test, train = order[:360], order[360:]
     return _dataset(
-        "digits", (images[train], labels[train]), (images[test], labels[test]), 10, scale=16.0
+        name, (images[train], labels[train]), (images[test], labels[test]), 10, scale=16.0
     )
+
+
+def _enlarged(images_NP: Images, side: int, times: int) -> Images:
+    """Return square images with their sides so many times as long, bilinear."""
+    if times == 1:
+        return images_NP
+    images = torch.from_numpy(images_NP).view(-1, 1, side, side).float()
+    large = functional.interpolate(images, scale_factor=times, mode="bilinear")
+    return large.round().to(torch.uint8).flatten(1).numpy()
 
 
 #: What torchvision and PIL raise for a bad file depends on where the file is bad.

@@ -21,6 +21,8 @@ from supsup.material import TEST_CHUNK, Material, learning_rate
 
 #: Tasks trained together on a CPU. More share their batches and overhead, fewer the cache.
 CPU_TASKS = 10
+#: Images [B, P] as the network takes them, and labels [B].
+Batch = tuple[Tensor, Tensor]
 #: The part of a GPU's free memory that tasks trained together may take.
 _GPU_PART = 0.8
 
@@ -63,14 +65,24 @@ class DenseEngine:
 
     def begin(self, tasks: range) -> "DenseGroup":
         """Return the state of some tasks, untrained."""
-        return DenseGroup(self, tasks)
+        return DenseGroup(self, *self.material.initial_state(tasks))
 
-    def training_batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the images [B, P] of a batch as the network takes them, and the labels [B]."""
+    def resume(
+        self, weights: Sequence[Tensor], scores: Sequence[Tensor], square_avgs: Sequence[Tensor]
+    ) -> "DenseGroup":
+        """Return masks in training, from weights and state [T, O, I] per layer."""
+        return DenseGroup(self, weights, scores, square_avgs)
+
+    def training_batch(self, number: int) -> Batch:
+        """Return a batch of the run's own order, for ``learn``."""
         images_NP, labels_N = self._train
         indices_B = self.material.order[number]
-        images_BP = self.material.normalised(images_NP.index_select(0, indices_B))
-        return images_BP, labels_N.index_select(0, indices_B)
+        return self.batch(images_NP.index_select(0, indices_B), labels_N.index_select(0, indices_B))
+
+    def batch(self, images_BP: Tensor, y_B: Tensor) -> Batch:
+        """Return the images [B, P] of a batch as the network takes them, and the labels [B]."""
+        device = self.material.device
+        return self.material.normalised(images_BP.to(device)), y_B.to(device)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test images [B, P] as the network takes them, and labels [B], in order."""
@@ -83,16 +95,25 @@ class DenseEngine:
 class DenseGroup:
     """Tasks in training together, all of their layers dense."""
 
-    def __init__(self, engine: DenseEngine, tasks: range) -> None:
-        """Draw the initial scores."""
-        self._engine, self._tasks = engine, tasks
-        weights, scores = engine.material.initial_state(tasks)
-        self.layers = DenseLayers(engine.material, weights, scores)
+    def __init__(
+        self,
+        engine: DenseEngine,
+        weights: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        square_avgs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Start from weights and scores [T, O, I] per layer; without mean squares, from zero."""
+        self._engine, self._tasks = engine, len(scores[0])
+        self.layers = DenseLayers(engine.material, weights, scores, square_avgs)
         self._outputs = self.layers.activations(engine.material.config.train.batch_size)
 
     def step(self, number: int) -> None:
-        """Train all tasks on one batch."""
-        x_BP, y_B = self._engine.training_batch(number)
+        """Train all tasks on a batch of the run's own order."""
+        self.learn(self._engine.training_batch(number), number)
+
+    def learn(self, batch: Batch, number: int) -> None:
+        """Train all tasks on a batch, as their ``number``-th."""
+        x_BP, y_B = batch
         self.layers.backward(self._forward(x_BP, self._outputs), y_B)
         self._engine.update(self.layers, learning_rate(self._engine.material.config, number))
 
@@ -111,21 +132,33 @@ class DenseGroup:
         """Return the scores [T, O, I] per layer."""
         return self.layers.by_layer(self.layers.scores)
 
+    def square_avgs(self) -> list[Tensor]:
+        """Return RMSprop's mean squares [T, O, I] per layer."""
+        return self.layers.by_layer(self.layers.square_avg)
+
     def _forward(self, x_BP: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-        return self.layers.forward(x_BP.expand(len(self._tasks), *x_BP.shape), outputs)
+        return self.layers.forward(x_BP.expand(self._tasks, *x_BP.shape), outputs)
 
 
 class DenseLayers:
     """The last layers of several tasks, or all. Flat buffers [W]; layers are views into them."""
 
     def __init__(
-        self, material: Material, weights: Sequence[Tensor], scores: Sequence[Tensor]
+        self,
+        material: Material,
+        weights: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        square_avgs: Sequence[Tensor] | None = None,
     ) -> None:
-        """Copy fixed weights and initial scores, [T, O, I] per layer, to the device."""
+        """Copy weights, scores and mean squares (zero if None), [T, O, I] per layer."""
         self._shapes = [layer_TOI.shape for layer_TOI in scores]
         self.weights = _flat(weights).to(material.device, material.dtype)
         self.scores = _flat(scores).to(material.device)
-        self.square_avg = torch.zeros_like(self.scores)
+        self.square_avg = (
+            torch.zeros_like(self.scores)
+            if square_avgs is None
+            else _flat(square_avgs).to(material.device)
+        )
         self.masked = torch.where(self.scores >= 0, self.weights, 0)
         self.grad = torch.zeros_like(self.weights)
         self._masked_TOI = self.by_layer(self.masked)

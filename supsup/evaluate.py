@@ -11,6 +11,7 @@ P pixels, B bytes of a packed mask.
 """
 
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from supsup.inference import Queries, TaskInference, infer
 from supsup.masking import mask_bytes
 from supsup.material import as_tensor, layers_of
 from supsup.models import fixed_weights
+from supsup.packed import packed_masks
 from supsup.sampling import half_width, sampled_images
 from supsup.seeding import generator
 from supsup.tasks import permutation
@@ -149,7 +151,7 @@ class Evaluator:
         self._config, self._data = config, data
         self._layers = layers_of(config, data)
         self._weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self._layers)]
-        self._engines: dict[int, TaskInference] = {}
+        self._engines: dict[tuple[int, int], TaskInference] = {}
 
     def evaluate(
         self,
@@ -157,8 +159,9 @@ class Evaluator:
         masks_TB: npt.NDArray[np.uint8],
         learned: int,
         tasks: Sequence[int],
+        owners_T: npt.NDArray[np.int64] | None = None,
     ) -> Evaluation:
-        """Return the counts of some tasks among the first ``learned`` masks.
+        """Return the counts of some tasks among the first ``learned`` masks, or all owned ones.
 
         Args:
             evaluation: what to evaluate, and on how many images; its ``tasks`` is not used.
@@ -166,13 +169,17 @@ class Evaluator:
                 be read-only.
             learned: k, the number of masks in the superposition.
             tasks: the tasks whose test images are asked about, ascending.
+            owners_T: the task that each of the masks belongs to, for all masks of an open-set
+                learner; None: mask t is task t's.
         """
-        engine = self._engine(masks_TB, learned, evaluation.memory_mb << 20)
+        if owners_T is None:
+            owners_T = np.arange(learned)
+        engine = self._engine(masks_TB, len(owners_T), evaluation.memory_mb << 20)
         counts_TM5 = np.zeros((len(tasks), len(evaluation.methods), len(COUNTS)), dtype=np.int64)
         for queries in self._queries(evaluation, tasks):
             found_MQ = self._infer(evaluation, engine, queries)
             for part in self._parts(queries.images_QG.shape[1], len(queries.tasks_Q)):
-                counted_QM5 = self._count(engine, queries, found_MQ, part)
+                counted_QM5 = self._count(engine, queries, found_MQ, part, owners_T)
                 np.add.at(counts_TM5, queries.rows_Q[part], counted_QM5)
         return Evaluation(
             learned=learned,
@@ -181,16 +188,30 @@ class Evaluator:
             counts=counts_TM5.swapaxes(0, 1),
         )
 
+    def given(self, masks_KB: npt.NDArray[np.uint8], tasks: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return how many test images [K] each mask has right, given the task that it is asked."""
+        masks = packed_masks(as_tensor(masks_KB), self._weights, self._layers)
+        labels_N = torch.from_numpy(self._data.test_labels)
+        everything = np.arange(len(labels_N))[None]
+        correct = []
+        for mask, task in enumerate(tasks):
+            images_NP = self._pixels(np.array([task]), everything)[0]
+            classes_N = masks.logits(mask, images_NP)[:, : self._data.classes].argmax(-1)
+            correct.append(int((classes_N == labels_N).sum()))
+        return np.array(correct, dtype=np.int64)
+
     def _engine(
         self, masks_TB: npt.NDArray[np.uint8], learned: int, memory_bytes: int
     ) -> TaskInference:
-        if learned not in self._engines:
+        # An open-set learner's masks change while their number stays.
+        key = learned, zlib.crc32(np.ascontiguousarray(masks_TB[:learned]).data)
+        if key not in self._engines:
             bytes_needed = mask_bytes(self._layers)
             if masks_TB.shape[1] != bytes_needed or len(masks_TB) < learned:
                 raise ValueError(f"masks are {masks_TB.shape}, not {learned} x {bytes_needed}")
             # One superposition at a time: checkpoints are evaluated in turn.
             self._engines = {
-                learned: TaskInference(
+                key: TaskInference(
                     as_tensor(masks_TB[:learned]),
                     self._weights,
                     self._layers,
@@ -198,7 +219,7 @@ class Evaluator:
                     memory_bytes,
                 )
             }
-        return self._engines[learned]
+        return self._engines[key]
 
     # --- what is asked -------------------------------------------------------------------------
 
@@ -256,11 +277,16 @@ class Evaluator:
         return torch.stack([infer(asked, method) for method in evaluation.methods])
 
     def _count(
-        self, engine: TaskInference, queries: _Queries, found_MQ: Tensor, part: slice
+        self,
+        engine: TaskInference,
+        queries: _Queries,
+        found_MQ: Tensor,
+        part: slice,
+        owners_T: npt.NDArray[np.int64],
     ) -> Counts:
         """Return the counts [Q, M, 5] of some of the decisions."""
         tasks_Q, images_QG = queries.tasks_Q[part], queries.images_QG[part]
-        hit_MQ = found_MQ[:, part] == torch.from_numpy(tasks_Q)
+        hit_MQ = as_tensor(owners_T)[found_MQ[:, part]] == torch.from_numpy(tasks_Q)
         classes_MQG = _classes(engine, found_MQ[:, part], self._pixels(tasks_Q, images_QG))
         right_MQG = classes_MQG == torch.from_numpy(self._data.test_labels[images_QG])
         right_MQ = right_MQG.sum(-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from supsup.errors import ConfigError
 from supsup.models import Layer
-from supsup.packed import MEMORY_BYTES, packed_masks
+from supsup.packed import MEMORY_BYTES, PackedMasks, packed_masks
 
 #: Steps of the gradient descent on α, and its rate in standard deviations of the first gradient.
 _DESCENT_STEPS, _DESCENT_RATE = 8, 1.0
@@ -149,28 +149,47 @@ class TaskInference:
 
     def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
         """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer."""
-        sums = self.masks.by_layer(self.masks.add_up(tasks_K, alpha_K))
-        return [w_OI * s_1OI[0] for w_OI, s_1OI in zip(self.masks.weights, sums, strict=True)]
+        return superposed(self.masks, self.masks.add_up(tasks_K, alpha_K))
 
     def _fill(
-        self, room_QW: Tensor, superposed: Sequence[Tensor], images_QNP: Tensor, objective: str
+        self, room_QW: Tensor, superposition: Sequence[Tensor], images_QNP: Tensor, objective: str
     ) -> None:
-        """Write ``δ xᵀ ⊙ W`` of a superposition into room for it."""
-        inputs = [images_QNP]
-        for i, weight_OI in enumerate(superposed):
-            if i:
-                inputs[-1] = inputs[-1].relu()
-            inputs.append(inputs[-1] @ weight_OI.T)
-        delta = OBJECTIVES[objective](inputs.pop(), self.classes) / images_QNP.shape[1]
-        room = self.masks.by_layer(room_QW)
-        for i in reversed(range(len(superposed))):
-            if images_QNP.shape[1] == 1:
-                torch.mul(delta.transpose(1, 2), inputs[i], out=room[i])
-            else:
-                room[i].copy_(torch.bmm(delta.transpose(1, 2), inputs[i]))
-            room[i].mul_(self.masks.weights[i])
-            if i:
-                delta = (delta @ superposed[i]) * (inputs[i] > 0)
+        fill_factors(self.masks, room_QW, superposition, images_QNP, objective, self.classes)
+
+
+def superposed(masks: PackedMasks, alpha_masks_1W: Tensor) -> list[Tensor]:
+    """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer, given the sum as a vector."""
+    sums = masks.by_layer(alpha_masks_1W)
+    return [w_OI * s_1OI[0] for w_OI, s_1OI in zip(masks.weights, sums, strict=True)]
+
+
+def fill_factors(
+    masks: PackedMasks,
+    room_QW: Tensor,
+    superposition: Sequence[Tensor],
+    images_QNP: Tensor,
+    objective: str,
+    classes: int,
+) -> None:
+    """Write ``δ xᵀ ⊙ W`` of a superposition into room for it, the objective's mean over N images.
+
+    The gradient of the objective with respect to ``α_i`` is its sum over the bits of mask i.
+    """
+    inputs = [images_QNP]
+    for i, weight_OI in enumerate(superposition):
+        if i:
+            inputs[-1] = inputs[-1].relu()
+        inputs.append(inputs[-1] @ weight_OI.T)
+    delta = OBJECTIVES[objective](inputs.pop(), classes) / images_QNP.shape[1]
+    room = masks.by_layer(room_QW)
+    for i in reversed(range(len(superposition))):
+        if images_QNP.shape[1] == 1:
+            torch.mul(delta.transpose(1, 2), inputs[i], out=room[i])
+        else:
+            room[i].copy_(torch.bmm(delta.transpose(1, 2), inputs[i]))
+        room[i].mul_(masks.weights[i])
+        if i:
+            delta = (delta @ superposition[i]) * (inputs[i] > 0)
 
 
 def by_task(tasks: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

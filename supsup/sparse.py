@@ -61,6 +61,10 @@ class _Pixels:
         return tuple(map(native.pointer, columns))
 
 
+#: The pixels of some images, and their labels [B].
+Batch = tuple[_Pixels, Tensor]
+
+
 class SparseEngine:
     """Trains tasks together, the first layer over pixels that are not background."""
 
@@ -99,13 +103,25 @@ class SparseEngine:
 
     def begin(self, tasks: range) -> "SparseGroup":
         """Return the state of some tasks, untrained."""
-        return SparseGroup(self, tasks)
+        return SparseGroup(self, *self.material.initial_state(tasks))
 
-    def training_batch(self, number: int) -> tuple[_Pixels, Tensor]:
-        """Return the pixels of a batch, good until the next call, and its labels [B]."""
+    def resume(
+        self, weights: Sequence[Tensor], scores: Sequence[Tensor], square_avgs: Sequence[Tensor]
+    ) -> "SparseGroup":
+        """Return masks in training, from weights and state [T, O, I] per layer."""
+        return SparseGroup(self, weights, scores, square_avgs)
+
+    def training_batch(self, number: int) -> Batch:
+        """Return a batch of the run's own order, for ``learn``; good until the next batch."""
         indices_B = self.material.order[number]
-        self._list(self._images.index_select(0, indices_B), self._batch)
-        return self._batch, self._labels.index_select(0, indices_B)
+        return self.batch(
+            self._images.index_select(0, indices_B), self._labels.index_select(0, indices_B)
+        )
+
+    def batch(self, images_BP: Tensor, y_B: Tensor) -> Batch:
+        """Return the pixels of a batch, good until the next call, and its labels [B]."""
+        self._list(images_BP, self._batch)
+        return self._batch, y_B
 
     def test_batches(self) -> Sequence[tuple[_Pixels, Tensor]]:
         """Return the pixels of the test images, and their labels [B], in order."""
@@ -160,23 +176,33 @@ def _trimmed(pixels: _Pixels, pairs: int) -> _Pixels:
 class SparseGroup:
     """Tasks in training together, their first layers sparse."""
 
-    def __init__(self, engine: SparseEngine, tasks: range) -> None:
-        """Draw the initial scores."""
-        self._engine, self._tasks = engine, tasks
+    def __init__(
+        self,
+        engine: SparseEngine,
+        weights: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        square_avgs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Start from weights and scores [T, O, I] per layer; without mean squares, from zero."""
+        self._engine, self._tasks = engine, len(scores[0])
         material = engine.material
-        weights, scores = material.initial_state(tasks)
+        square_avgs = square_avgs or [torch.zeros_like(layer_TOI) for layer_TOI in scores]
         self._first = [
-            _FirstLayer(engine, weight_OI, score_OI)
-            for weight_OI, score_OI in zip(weights[0], scores[0], strict=True)
+            _FirstLayer(engine, *matrices)
+            for matrices in zip(weights[0], scores[0], square_avgs[0], strict=True)
         ]
-        self.layers = DenseLayers(material, weights[1:], scores[1:])
+        self.layers = DenseLayers(material, weights[1:], scores[1:], square_avgs[1:])
         batch = material.config.train.batch_size
         self._outputs = self.layers.activations(batch)
         self._hidden, self._delta = self._room(batch), self._room(batch)
 
     def step(self, number: int) -> None:
-        """Train all tasks on one batch."""
-        pixels, y_B = self._engine.training_batch(number)
+        """Train all tasks on a batch of the run's own order."""
+        self.learn(self._engine.training_batch(number), number)
+
+    def learn(self, batch: Batch, number: int) -> None:
+        """Train all tasks on a batch, as their ``number``-th."""
+        pixels, y_B = batch
         acts = self._forward(pixels, self._hidden, self._outputs)
         delta = self.layers.backward(acts, y_B)
         self.layers.propagate(delta, 0, self._delta)
@@ -201,9 +227,14 @@ class SparseGroup:
         first_TOI = torch.stack([first.scores_OI() for first in self._first])
         return [first_TOI, *self.layers.by_layer(self.layers.scores)]
 
+    def square_avgs(self) -> list[Tensor]:
+        """Return RMSprop's mean squares [T, O, I] per layer."""
+        first_TOI = torch.stack([first.square_avg_OI() for first in self._first])
+        return [first_TOI, *self.layers.by_layer(self.layers.square_avg)]
+
     def _room(self, images: int) -> Tensor:
         material = self._engine.material
-        shape = (len(self._tasks), images, material.layers[0].outputs)
+        shape = (self._tasks, images, material.layers[0].outputs)
         return torch.empty(shape, dtype=material.dtype)
 
     def _forward(
@@ -217,7 +248,9 @@ class SparseGroup:
 class _FirstLayer:
     """The first layer of one task: buffers in tiles [V, P, 32], as the kernels want them."""
 
-    def __init__(self, engine: SparseEngine, weight_OI: Tensor, score_OI: Tensor) -> None:
+    def __init__(
+        self, engine: SparseEngine, weight_OI: Tensor, score_OI: Tensor, square_avg_OI: Tensor
+    ) -> None:
         material = engine.material
         self._kernels = engine.kernels
         self._shape = weight_OI.shape
@@ -226,7 +259,7 @@ class _FirstLayer:
         unit = 1.0 if in_bf16 else float(weight_OI.abs().max())
         self._weights = _tiles(weight_OI / unit).to(torch.bfloat16 if in_bf16 else torch.int8)
         self._scores = _tiles(score_OI)
-        self._square_avg = torch.zeros_like(self._scores)
+        self._square_avg = _tiles(square_avg_OI)
         masked_VPK = torch.where(self._scores >= 0, self._weights, 0)
         # Both pixels of a pair side by side: [V, Q, 32, 2].
         self._masked = masked_VPK.view(len(masked_VPK), -1, 2, _TILE).transpose(2, 3).contiguous()
@@ -265,8 +298,15 @@ class _FirstLayer:
 
     def scores_OI(self) -> Tensor:
         """Return the scores [O, I]."""
+        return self._matrix(self._scores)
+
+    def square_avg_OI(self) -> Tensor:
+        """Return the mean squares [O, I]."""
+        return self._matrix(self._square_avg)
+
+    def _matrix(self, tiles: Tensor) -> Tensor:
         outputs, inputs = self._shape
-        return self._scores[:, :inputs].transpose(1, 2).reshape(-1, inputs)[:outputs]
+        return tiles[:, :inputs].transpose(1, 2).reshape(-1, inputs)[:outputs]
 
 
 def _tiles(matrix_OI: Tensor) -> Tensor:

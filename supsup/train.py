@@ -10,9 +10,9 @@ Shapes: T tasks, B images of a batch, S output neurons, C classes.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,10 @@ class TaskGroup(Protocol):
     """Tasks in training together."""
 
     def step(self, number: int) -> None:
-        """Train all tasks on one batch."""
+        """Train all tasks on a batch of the run's own order."""
+
+    def learn(self, batch: Any, number: int) -> None:
+        """Train all tasks on what the engine's ``batch`` returned, as their ``number``-th."""
 
     def logits(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the logits [T, B, S] of a training batch as the masks are, and its labels [B]."""
@@ -42,6 +45,9 @@ class TaskGroup(Protocol):
 
     def scores(self) -> list[Tensor]:
         """Return the scores [T, O, I] per layer."""
+
+    def square_avgs(self) -> list[Tensor]:
+        """Return RMSprop's mean squares [T, O, I] per layer."""
 
 
 class Engine(Protocol):
@@ -53,6 +59,14 @@ class Engine(Protocol):
 
     def begin(self, tasks: range) -> TaskGroup:
         """Return the state of some tasks, untrained."""
+
+    def resume(
+        self, weights: Sequence[Tensor], scores: Sequence[Tensor], square_avgs: Sequence[Tensor]
+    ) -> TaskGroup:
+        """Return masks in training, from weights and state [T, O, I] per layer."""
+
+    def batch(self, images_BP: Tensor, y_B: Tensor) -> Any:
+        """Return images, uint8 [B, P], and labels as ``learn`` takes them; good until the next."""
 
 
 ENGINES: dict[str, type[DenseEngine] | type[SparseEngine]] = {

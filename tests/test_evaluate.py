@@ -105,7 +105,8 @@ def test_masks_may_be_read_only_and_are_not_copied(quick, digits, trained):
     masks.setflags(write=False)
     evaluator = Evaluator(quick, digits)
     evaluator.evaluate(quick.eval, masks, 5, [4])
-    assert evaluator._engines[5].masks.packed_TB.data_ptr() == masks.ctypes.data
+    (engine,) = evaluator._engines.values()
+    assert engine.masks.packed_TB.data_ptr() == masks.ctypes.data
 
 
 def test_a_task_twice_or_another_bank_is_not_merged(quick, evaluator, trained):

@@ -34,7 +34,7 @@ def test_the_first_layer_is_that_of_float64(sparse, background):
     material = Material(sparse, background)
     engine = SparseEngine(material)
     weights, scores = material.initial_state(range(1))
-    layer = _FirstLayer(engine, weights[0][0], scores[0][0])
+    layer = _FirstLayer(engine, weights[0][0], scores[0][0], torch.zeros_like(scores[0][0]))
     outputs, inputs = weights[0][0].shape
     # A state as after some training: mean squares of any size.
     layer._square_avg.copy_(torch.rand(layer._square_avg.shape) * 1e-4)
@@ -71,7 +71,9 @@ def test_an_image_of_nothing_but_white_overflows_nothing(sparse, digits):
     engine = SparseEngine(material)
     weights, scores = (part[0][0].abs() for part in material.initial_state(range(1)))
     hidden = torch.empty(sparse.train.batch_size, len(weights), dtype=material.dtype)
-    _FirstLayer(engine, weights, scores).forward(engine.training_batch(0)[0], hidden)
+    _FirstLayer(engine, weights, scores, torch.zeros_like(scores)).forward(
+        engine.training_batch(0)[0], hidden
+    )
     pixel = (255 / data.scale - data.mean) / data.std
     expected = pixel * weights.to(material.dtype).double().sum(1).expand_as(hidden)
     torch.testing.assert_close(hidden.double(), expected, rtol=2**-8, atol=0)
