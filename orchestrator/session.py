@@ -18,6 +18,7 @@ from rich.table import Table
 
 from orchestrator import report, stream_report
 from orchestrator.blocks import learned_prefix
+from orchestrator.chunks import ChunkedRun
 from orchestrator.cluster import Cluster, check_device, connect, put_data
 from orchestrator.coordinator import RunJobs
 from orchestrator.crew import Crew
@@ -277,15 +278,7 @@ class _Task:
     ) -> Outcome:
         with _tracking(self._folder, store, launch) as tracking:
             tracking.tracker.begin(*self._description())
-            stream = StreamRun(
-                config=self._config,
-                checkpoints=self._at,
-                data=self._data,
-                bank=self._bank,
-                folder=self._folder,
-                tracker=tracking.tracker,
-                reporter=self._reporter,
-            )
+            stream = self._stream_run(tracking.tracker)
             with contextlib.ExitStack() as stack:
                 crew = None if stream.settled else stack.enter_context(self._crew())
                 results = stream.work(crew)
@@ -306,6 +299,26 @@ class _Task:
             files=files,
             store=store,
             delivered=tracking.delivered,
+        )
+
+    def _stream_run(self, tracker: Tracker) -> StreamRun | ChunkedRun:
+        if self._config.openset.chunks == 1:
+            return StreamRun(
+                config=self._config,
+                checkpoints=self._at,
+                data=self._data,
+                bank=self._bank,
+                folder=self._folder,
+                tracker=tracker,
+                reporter=self._reporter,
+            )
+        return ChunkedRun(
+            config=self._config,
+            data=self._data,
+            bank=self._bank,
+            folder=self._folder,
+            tracker=tracker,
+            reporter=self._reporter,
         )
 
     def _run_pool(self, jobs: RunJobs) -> None:

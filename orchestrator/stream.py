@@ -26,7 +26,7 @@ from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics, summary
 from supsup.bank import Bank
-from supsup.config import RunConfig
+from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation, decisions_per_task, merge
 from supsup.ledger import Ledger
@@ -36,7 +36,7 @@ from supsup.streams import Segment, Stream
 from supsup.tally import Tally
 from supsup.train import TrainedBlock
 
-_LEARNED, _EVALUATED, _CHECKED = "segments learned", "tasks evaluated", "masks tested"
+LEARNED, EVALUATED, _CHECKED = "segments learned", "tasks evaluated", "masks tested"
 #: Segments generated ahead of the learner.
 _AHEAD = 2
 
@@ -162,8 +162,8 @@ class StreamRun:
             crew: the workers; None if the run is ``settled``.
         """
         asked = [len(self._asked(k)) for ks in self._due.values() for k in ks]
-        self._reporter.start(_LEARNED, len(self._stream), self._ledger.segments)
-        self._reporter.start(_EVALUATED, sum(asked))
+        self._reporter.start(LEARNED, len(self._stream), self._ledger.segments)
+        self._reporter.start(EVALUATED, sum(asked))
         self._replay(crew)
         if crew is not None and not self._over:
             self._learn(crew)
@@ -205,7 +205,7 @@ class StreamRun:
             self.learned_now += 1
             if self.first_step_at is None:
                 self.first_step_at = time.time()
-            self._reporter.advance(_LEARNED, 1)
+            self._reporter.advance(LEARNED, 1)
             for k in self._due.get(segment.number, ()):
                 self._checkpoint(k, segment.number, crew, learner.masks)
 
@@ -222,9 +222,19 @@ class StreamRun:
         tasks = self._stream.finished_by(number)
         evaluation, asked = self._stored_evaluation(learned), self._asked(learned)
         if evaluation is not None:
-            self._reporter.advance(_EVALUATED, len(asked))
+            self._reporter.advance(EVALUATED, len(asked))
         elif crew is not None and masks is not None:
-            evaluation = self._evaluate(crew, masks(), learned, asked)
+            owners_K = self._tally.owners()
+            evaluation = evaluate_masks(
+                crew,
+                self._config.eval,
+                self._data,
+                masks(),
+                owners_K,
+                learned,
+                asked,
+                self._reporter,
+            )
             self._folder.write_evaluation(self._config.eval, evaluation)
         before = self._finished[-1].decisions if self._finished else 0
         checkpoint = StreamCheckpoint(
@@ -242,23 +252,6 @@ class StreamRun:
         self._finished.append(checkpoint)
         self._tracker.metrics(metrics(checkpoint, self._config.eval), learned)
         self._reporter.note(summary(checkpoint))
-
-    def _evaluate(
-        self, crew: Crew, masks_KB: Packed, learned: int, asked: Sequence[int]
-    ) -> Evaluation:
-        settings, masks = self._config.eval, ray.put(masks_KB)
-        owners = ray.put(self._tally.owners())
-        decisions = decisions_per_task(settings, len(self._data.test_labels))
-        jobs = evaluation_jobs(asked, decisions, len(crew))
-        calls = [
-            Call(i % len(crew), "evaluate", _always(settings, masks, learned, tasks, owners))
-            for i, tasks in enumerate(jobs)
-        ]
-        parts = []
-        for part in crew.map(calls):
-            parts.append(part)
-            self._reporter.advance(_EVALUATED, len(part.tasks))
-        return merge(parts)
 
     def _asked(self, learned: int) -> tuple[int, ...]:
         """Return the tasks asked about, ascending: of those that went by, all or a sample."""
@@ -287,34 +280,89 @@ class StreamRun:
         return np.stack([packed_B for _, packed_B in self._ledger.masks()])
 
     def _fill_bank(self, crew: Crew | None) -> None:
-        """Store the masks with how well each does on its own task."""
-        done = [tasks for tasks, _ in self._bank.blocks()]
-        todo = remaining(self._allocated, self._config.block_size, done)
-        if crew is not None and todo:
-            self._reporter.start(_CHECKED, self._allocated, sum(map(len, done)))
+        if crew is not None and self._in_bank < self._allocated:
             masks_KB, owners_K = self._last_masks(), self._tally.owners()
-            calls = [
-                Call(i % len(crew), "given", _always(masks_KB[a:b], owners_K[a:b].tolist()))
-                for i, (a, b) in enumerate((block.start, block.stop) for block in todo)
-            ]
-            for block, correct_K in zip(todo, crew.map(calls), strict=True):
-                part = slice(block.start, block.stop)
-                self._bank.commit(
-                    TrainedBlock(
-                        first=block.start,
-                        masks=masks_KB[part],
-                        gg_correct=correct_K,
-                        loss=np.zeros(len(block), np.float32),
-                        seconds=0.0,
-                    )
-                )
-                self._reporter.advance(_CHECKED, len(block))
-            self._ledger.clear()
-        correct_K = self._bank.read(range(self._allocated)).gg_correct
-        self._mask_accuracy = float(correct_K.mean() / len(self._data.test_labels))
+            fill_bank(crew, self._bank, masks_KB, owners_K, self._reporter)
+        self._ledger.clear()
+        self._mask_accuracy = mask_accuracy(self._bank, self._allocated)
 
 
-def _always(*args: Any) -> Callable[[], tuple[Any, ...]]:
+# --- what every way to learn a stream shares -------------------------------------------------
+
+
+def evaluate_masks(
+    crew: Crew,
+    settings: EvalConfig,
+    data: Dataset,
+    masks_KB: Packed,
+    owners_K: npt.NDArray[np.int64],
+    learned: int,
+    asked: Sequence[int],
+    reporter: Reporter,
+) -> Evaluation:
+    """Evaluate an open-set learner's masks, spread over the workers.
+
+    Args:
+        crew: the workers.
+        settings: what to evaluate.
+        data: the data set.
+        masks_KB: the masks, packed.
+        owners_K: the task that each belongs to.
+        learned: tasks that went by.
+        asked: those of them that are asked about, ascending.
+        reporter: where progress goes.
+    """
+    masks, owners = ray.put(masks_KB), ray.put(owners_K)
+    decisions = decisions_per_task(settings, len(data.test_labels))
+    jobs = evaluation_jobs(asked, decisions, len(crew))
+    calls = [
+        Call(i % len(crew), "evaluate", always(settings, masks, learned, tasks, owners))
+        for i, tasks in enumerate(jobs)
+    ]
+    parts = []
+    for part in crew.map(calls):
+        parts.append(part)
+        reporter.advance(EVALUATED, len(part.tasks))
+    return merge(parts)
+
+
+def fill_bank(
+    crew: Crew,
+    bank: Bank,
+    masks_KB: Packed,
+    owners_K: npt.NDArray[np.int64],
+    reporter: Reporter,
+) -> None:
+    """Store masks with how well each does on the test set of the task that it belongs to."""
+    done = [tasks for tasks, _ in bank.blocks()]
+    todo = remaining(len(masks_KB), bank.manifest.config.block_size, done)
+    reporter.start(_CHECKED, len(masks_KB), sum(map(len, done)))
+    parts = [slice(block.start, block.stop) for block in todo]
+    calls = [
+        Call(i % len(crew), "given", always(masks_KB[part], owners_K[part].tolist()))
+        for i, part in enumerate(parts)
+    ]
+    for part, correct_K in zip(parts, crew.map(calls), strict=True):
+        bank.commit(
+            TrainedBlock(
+                first=part.start,
+                masks=masks_KB[part],
+                gg_correct=correct_K,
+                loss=np.zeros(len(correct_K), np.float32),
+                seconds=0.0,
+            )
+        )
+        reporter.advance(_CHECKED, len(correct_K))
+
+
+def mask_accuracy(bank: Bank, masks: int) -> float:
+    """Return the mean accuracy of the masks of a full bank on their own tasks."""
+    correct_K = bank.read(range(masks)).gg_correct
+    return float(correct_K.mean() / bank.manifest.test_images)
+
+
+def always(*args: Any) -> Callable[[], tuple[Any, ...]]:
+    """Return a function that returns these arguments."""
     return lambda: args
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class StreamCheckpoint:
     decisions: int
     recent: tuple[Decision, ...]
     """The decisions since the checkpoint before."""
+    joins: Mapping[str, int] | None = None
+    """Of a stream in chunks: masks joined, wrong joins, missed joins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ def metrics(checkpoint: StreamCheckpoint, settings: EvalConfig) -> dict[str, flo
         f"nns/{name}": float(getattr(checkpoint, name))
         for name in ("masks", "missed", "false_new", "wrong", "late", "refused")
     }
+    values |= {f"nns/{name}": float(n) for name, n in (checkpoint.joins or {}).items()}
     recent = checkpoint.recent
     known, new = ([d.margin for d in recent if d.known is known] for known in (True, False))
     if known:
@@ -82,6 +85,8 @@ def summary(checkpoint: StreamCheckpoint) -> str:
         f"{checkpoint.learned} tasks went by: {checkpoint.masks} masks, {checkpoint.missed} tasks "
         f"missed, {checkpoint.false_new} masks too many, {checkpoint.wrong} decisions wrong"
     )
+    if checkpoint.joins:
+        text += "".join(f", {n} {name.replace('_', ' ')}" for name, n in checkpoint.joins.items())
     if checkpoint.evaluation is None:
         return text
     method = checkpoint.evaluation.methods[0]
@@ -136,6 +141,11 @@ def _caption(results: StreamResults) -> str:
     )
     if openset.boundaries == "told":
         text += "\ntask boundaries are told, as in the paper's code"
+    if joins := results.checkpoints[-1].joins:
+        text += (
+            f"\n{openset.chunks} chunks merged: {joins['joined']} masks joined, "
+            f"{joins['wrong_joins']} wrongly, {joins['missed_joins']} joins missed"
+        )
     if results.mask_accuracy is not None:
         text += f"\nmasks given their own task: {100 * results.mask_accuracy:.2f} %"
     return text

@@ -17,10 +17,21 @@ from supsup.errors import SlowPath
 from supsup.evaluate import Evaluation, Evaluator
 from supsup.material import as_tensor, layers_of
 from supsup.models import fixed_weights, weights_sha256
-from supsup.openset import LocalMembers, LocalTrainer, MaskState, Packed, Scores
-from supsup.streams import Segment
+from supsup.openset import (
+    Existing,
+    LocalMembers,
+    LocalTrainer,
+    MaskState,
+    OpenSetLearner,
+    Packed,
+    Scores,
+    Step,
+)
+from supsup.streams import Segment, Stream
 from supsup.train import BlockTrainer, TrainedBlock
 
+#: What the training of masks goes on from, by mask; None: it can't go on.
+States = dict[int, MaskState | None]
 #: Threads of a worker. One: matrix products of this size gain nothing from sharing cores.
 THREADS = 1
 
@@ -91,6 +102,58 @@ class TaskWorker:
     def pid(self) -> int:
         """Return the process id, once the worker is up."""
         return os.getpid()
+
+    def learn_chunk(
+        self, chunk: int, number: int, before: tuple[list[Step], dict[int, Packed], States] | None
+    ) -> Step:
+        """Learn a segment of a chunk of the stream, by a learner of its own.
+
+        Args:
+            chunk: the chunk.
+            number: the segment.
+            before: the steps before, the masks and the states that they left; None: this worker
+                took those steps itself.
+        """
+        if before is not None:
+            self._learners[chunk] = self._chunk_learner(chunk, *before)
+        learner, states = self._learners[chunk]
+        step = learner.learn(self._stream.segment(number))
+        if step.mask is not None and step.packed_B is not None:
+            states[step.mask] = step.state
+        return step
+
+    def recognise(
+        self, chunk: int, masks_KB: Packed, steps: list[Step], segments: Sequence[int]
+    ) -> list[int | None]:
+        """Say which of a chunk's masks the first batches of some segments belong to, if any."""
+        masks = dict(enumerate(masks_KB))
+        learner, _ = self._chunk_learner(chunk, steps, masks, {})
+        choices = [learner.recognise(self._stream.segment(number, 1)) for number in segments]
+        return [choice.mask if isinstance(choice, Existing) else None for choice in choices]
+
+    def _chunk_learner(
+        self, chunk: int, steps: list[Step], masks: dict[int, Packed], states: States
+    ) -> tuple[OpenSetLearner, States]:
+        config, layers = self._setup.config, layers_of(self._setup.config, self._data)
+        weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
+        learner = OpenSetLearner(
+            config,
+            self._data,
+            LocalMembers(layers, weights),
+            self._mask_trainer,
+            states.get,
+            first_mask=chunk * config.openset.budget,
+        )
+        learner.restore(steps, masks)
+        return learner, states
+
+    @cached_property
+    def _learners(self) -> dict[int, tuple[OpenSetLearner, States]]:
+        return {}
+
+    @cached_property
+    def _stream(self) -> Stream:
+        return Stream(self._setup.config, self._data)
 
     @cached_property
     def _trainer(self) -> BlockTrainer:

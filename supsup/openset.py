@@ -391,10 +391,8 @@ class OpenSetLearner:
     def learn(self, segment: Segment) -> Step:
         """Decide whose a segment is, and train that mask on it."""
         started = time.perf_counter()
-        images_BP, _ = next(segment.batches())
-        factor_W = self._superposition.factor(self._normalised(images_BP), len(self._packed))
-        scores_K = self._members.scores(factor_W)
         epsilon = self._threshold.epsilon
+        scores_K = self._scores(segment)
         choice = decide(scores_K, self.allocated, epsilon)
         seconds = time.perf_counter() - started
         mask, new = self._placed(choice)
@@ -414,6 +412,15 @@ class OpenSetLearner:
         if step.mask is not None and step.packed_B is not None:
             self._put(step.mask, step.packed_B)
         return step
+
+    def recognise(self, segment: Segment) -> Existing | New:
+        """Decide whose a segment is, and learn nothing from it."""
+        return decide(self._scores(segment), self.allocated, self._threshold.epsilon)
+
+    def _scores(self, segment: Segment) -> Scores:
+        images_BP, _ = next(segment.batches())
+        factor_W = self._superposition.factor(self._normalised(images_BP), len(self._packed))
+        return self._members.scores(factor_W)
 
     def _placed(self, choice: Existing | New) -> tuple[int | None, bool]:
         """Return the mask that data is given to, and whether it is a new one."""

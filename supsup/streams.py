@@ -104,9 +104,9 @@ class Stream:
         """Yield the segments in order."""
         return (self.segment(number) for number in range(len(self)))
 
-    def segment(self, number: int) -> Segment:
-        """Return one segment: what a learner may see of it."""
-        tasks_N = self.truth(number)
+    def segment(self, number: int, batches: int | None = None) -> Segment:
+        """Return one segment, or its first batches: what a learner may see of it."""
+        tasks_N = self.truth(number)[: batches and batches * self._size]
         first = self._cuts[number] * self._size
         images_N = self._order(first, len(tasks_N))
         images_NP = self._data.train_images[images_N]
@@ -171,7 +171,7 @@ class Stream:
             chance[1, i] = 0.5 - (visit.stop - batch) / (2 * half) if v < last else 0
         before_N, after_N = chance.repeat(self._size, axis=1)
         drawn_N = generator(self._config.seed, "stream fades", number).random(len(before_N))
-        return (drawn_N > 1 - after_N).astype(np.int64) - (drawn_N < before_N)
+        return np.asarray((drawn_N > 1 - after_N).astype(np.int64) - (drawn_N < before_N))
 
     def _turned(self, images_NP: Images, first_batch: int) -> Images:
         """Return images turned by the angle of their batch, which grows over each visit."""
