@@ -20,9 +20,9 @@ import ray
 import torch
 
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
-from supsup import native
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
+from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
 
@@ -56,7 +56,7 @@ class Cluster:
 
 def this_machine() -> Machine:
     """Say what a worker on this machine would run on; warns of what makes it slow."""
-    native.load("lookup")
+    lookup_kernels()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Machine(
         device=device, native_bf16=native_bf16(device), sparse_precisions=sparse_precisions()

@@ -2,8 +2,8 @@
 
 A mask is a string of bits, and every bit belongs to a weight; numbers per weight lie in vectors of
 as many entries, zero behind a layer's last weight. ``PackedMasks`` answers with torch on any device
-and in any precision, tile by tile; ``LookupMasks`` with C++ kernels (lookup.cpp) in fp32 on a CPU
-with AVX-512. Both are exact but for the order of additions.
+and in any precision, tile by tile; ``LookupMasks`` with C++ kernels in fp32 on a CPU with AVX-512
+(lookup.cpp) or AVX2 (lookup_avx2.cpp). Both are exact but for the order of additions.
 
 Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, N images, O outputs and I inputs of a
 layer, C chunks of 1024 bits, G groups of 64 masks.
@@ -26,6 +26,13 @@ MEMORY_BYTES = 512 << 20
 #: Numbers that ``sums`` keeps or leaves out together.
 WORD = 32
 _CHUNK_BITS, _GROUP = 1024, 64
+#: Files of the same kernels, the fastest first.
+KERNELS = ("lookup", "lookup_avx2")
+
+
+def lookup_kernels() -> ctypes.CDLL | None:
+    """Return the fastest kernels that this processor has, compiled at first; None without any."""
+    return next((native.load(name) for name in KERNELS if native.supported(name)), None)
 
 
 class PackedMasks:
@@ -135,7 +142,7 @@ class LookupMasks(PackedMasks):
     ) -> None:
         """Keep a view of the masks; see ``PackedMasks``. Needs ``LookupMasks.fits``."""
         super().__init__(packed_TB.contiguous(), weights, layers, memory_bytes)
-        kernels = native.load("lookup")
+        kernels = lookup_kernels()
         if kernels is None:
             raise RuntimeError("this machine can't have the lookup kernels")
         self._kernels = kernels
@@ -148,7 +155,7 @@ class LookupMasks(PackedMasks):
     def fits(packed_TB: Tensor, dtype: torch.dtype) -> bool:
         """Say whether the kernels can answer here; compiles them at first."""
         right = packed_TB.device.type == "cpu" and dtype == torch.float32
-        return right and native.load("lookup") is not None
+        return right and lookup_kernels() is not None
 
     def add_up(self, tasks_N: Tensor, weights_N: Tensor) -> Tensor:
         """See ``PackedMasks.add_up``."""

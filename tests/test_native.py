@@ -2,6 +2,8 @@ import pytest
 
 from supsup import native
 from supsup.errors import SlowPath
+from supsup.packed import KERNELS as LOOKUP
+from supsup.sparse import KERNELS as SPARSE
 
 
 @pytest.fixture
@@ -12,15 +14,16 @@ def fresh(monkeypatch, tmp_path):
     native.load.cache_clear()
 
 
-def test_kernels_are_compiled_once_and_kept(fresh):
-    if not native.supported("lookup"):
-        assert native.load("lookup") is None
+@pytest.mark.parametrize("name", [*LOOKUP, *SPARSE.values()])
+def test_kernels_are_compiled_once_and_kept(fresh, name):
+    if not native.supported(name):
+        assert native.load(name) is None
         return
-    assert native.load("lookup") is not None
+    assert native.load(name) is not None
     (library,) = (fresh / "kernels").iterdir()
     built = library.stat().st_mtime_ns
     native.load.cache_clear()
-    assert native.load("lookup") is not None
+    assert native.load(name) is not None
     assert library.stat().st_mtime_ns == built
 
 

@@ -7,13 +7,19 @@ import torch
 from supsup import native
 from supsup.masking import pack
 from supsup.models import fixed_weights, make_layers
-from supsup.packed import LookupMasks, PackedMasks, packed_masks
+from supsup.packed import KERNELS, LookupMasks, PackedMasks, packed_masks
 
 LAYERS = make_layers("lenet-300-100", 21, 17)  # layers that don't end on a word, or a byte
 WEIGHTS = [torch.from_numpy(w) for w in fixed_weights(0, LAYERS)]
-needs_kernels = pytest.mark.skipif(
-    not native.supported("lookup"), reason="the processor lacks AVX-512"
-)
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request, monkeypatch) -> str:
+    """Make some kernels those that are taken here."""
+    if not native.supported(request.param):
+        pytest.skip(f"the processor lacks the instructions of {request.param}.cpp")
+    monkeypatch.setattr("supsup.packed.KERNELS", (request.param,))
+    return request.param
 
 
 def random_bank(k: int) -> torch.Tensor:
@@ -34,9 +40,9 @@ def random_vectors(masks: PackedMasks, count: int) -> torch.Tensor:
     return vectors
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("k", [1, 16, 63, 64, 130])
-@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("queries", [1, 5, 20])
 def test_sums_are_those_of_unpacked_masks(k, queries):
     fast, plain = both(random_bank(k))
     vectors = random_vectors(fast, queries)
@@ -48,21 +54,22 @@ def test_sums_are_those_of_unpacked_masks(k, queries):
     torch.testing.assert_close(few, expected[0, some], rtol=1e-5, atol=1e-3)
 
 
-@needs_kernels
-def test_small_words_are_left_out():
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("queries", [2, 20])
+def test_small_words_are_left_out(queries):
     fast, plain = both(random_bank(70))
-    vectors = random_vectors(fast, 2)
+    vectors = random_vectors(fast, queries)
     sizes = fast.word_sizes(vectors)
     torch.testing.assert_close(sizes, PackedMasks.word_sizes(plain, vectors))
     least = sizes.sort(1).values[:, 200:202].mean(1)  # between two of them
-    padded = plain.vectors(2)
+    padded = plain.vectors(queries)
     padded[:, : plain.bits] = vectors[:, : plain.bits].double()
     found, expected = fast.sums(vectors, least).double(), plain.sums(padded, least.double())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
     assert not torch.allclose(found, plain.sums(padded), atol=0.1)
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 def test_little_memory_and_many_threads_change_no_bit():
     packed = random_bank(300)
     whole, _ = both(packed)
@@ -77,7 +84,19 @@ def test_little_memory_and_many_threads_change_no_bit():
         torch.set_num_threads(1)
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
+def test_sums_are_the_same_bits_in_any_company():
+    bank = np.random.default_rng(0).integers(0, 256, (3300, random_bank(1).shape[1]), np.uint8)
+    packed = torch.from_numpy(bank)
+    whole, _ = both(packed)
+    vectors = random_vectors(whole, 20)
+    together = whole.sums(vectors)
+    assert torch.equal(torch.cat([whole.sums(vectors[q : q + 1]) for q in range(20)]), together)
+    few, _ = both(packed[3200:])
+    assert torch.equal(few.sums(vectors), together[:, 3200:])
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weighted_sums_of_masks():
     fast, plain = both(random_bank(40))
     tasks = torch.tensor([3, 39, 0, 7])
@@ -87,7 +106,7 @@ def test_weighted_sums_of_masks():
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-6)
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("images", [1, 4, 6, 30])
 def test_logits_of_one_mask(images):
     fast, plain = both(random_bank(5))

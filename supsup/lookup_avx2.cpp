@@ -1,0 +1,408 @@
+// Kernels of task inference over packed masks, for CPUs with AVX2 and FMA: the functions of
+// lookup.cpp. supsup/native.py compiles them for the machine they run on; supsup/packed.py calls
+// them.
+//
+// What inference needs is, for many masks, the sum of a query's numbers over the bits that are set.
+// Registers have room for a table of two bits only (four sums, twice), so there are two ways. Many
+// queries side by side: a table of a byte's 256 sums for each of 16 queries, read one entry for each
+// mask. Few queries: masks side by side, two bits at a time. Both add the same numbers in the same
+// order, so which one is taken changes no bit of the sums.
+//
+// Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, D = ceil(B / 4) words of a mask, C
+// chunks of 32 words, G groups of 64 masks.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kGroup = 64;
+constexpr int kWords = 32;  // words of a chunk
+constexpr int kWordBits = 32;
+constexpr int64_t kChunkBits = kWords * kWordBits;
+
+// Word d of a mask; bits beyond the mask are zero.
+uint32_t word_of(const uint8_t* mask, int64_t bytes, int64_t d) {
+  uint32_t word = 0;
+  if (4 * d + 4 <= bytes)
+    std::memcpy(&word, mask + 4 * d, 4);
+  else
+    std::memcpy(&word, mask + 4 * d, bytes - 4 * d);
+  return word;
+}
+
+// Bits 8 i to 8 i + 7 of a word, each as the sign of a lane.
+__m256i signs(__m256i word, int i) {
+  const __m256i first = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  return _mm256_sllv_epi32(word, _mm256_sub_epi32(first, _mm256_set1_epi32(8 * i)));
+}
+
+// x where a lane's sign is set, else zero.
+__m256 where(__m256i sign, __m256 x) {
+  return _mm256_blendv_ps(_mm256_setzero_ps(), x, _mm256_castsi256_ps(sign));
+}
+
+float total_of(__m256 x) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// The magnitudes of a word's values, added.
+float size_of(const float* values) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 sum = _mm256_setzero_ps();
+  for (int i = 0; i < kWordBits; i += kLanes)
+    sum = _mm256_add_ps(sum, _mm256_and_ps(magnitude, _mm256_loadu_ps(values + i)));
+  return total_of(sum);
+}
+
+// The same word of the next group: too far away for the processor to foresee.
+constexpr int64_t kNext = sizeof(uint32_t) * kWords * kGroup;
+
+void prefetch(const char* line) { _mm_prefetch(line, _MM_HINT_T0); }
+
+// What `lookup_sums` is given.
+struct Task {
+  const uint32_t* words;
+  const float* values_QW;
+  int64_t chunks, groups;
+  float* sums_QT;
+
+  const float* values(int64_t q, int64_t c) const {
+    return values_QW + (q * chunks + c) * kChunkBits;
+  }
+  const uint32_t* group(int64_t c, int64_t g) const {
+    return words + (c * groups + g) * kWords * kGroup;
+  }
+  float* sums(int64_t q, int64_t g) const { return sums_QT + (q * groups + g) * kGroup; }
+};
+
+// --- masks side by side ---
+
+constexpr int kPairs = 16;    // pairs of bits in a word
+constexpr int kTogether = 4;  // registers of masks
+
+// One query and chunk; the words that are kept are bits of `kept`.
+void look_up_pairs(const Task& task, int64_t q, int64_t c, uint32_t kept, int64_t first,
+                   int64_t last) {
+  alignas(32) float tables[kWords][kPairs][4];
+  int used[kWords], count = 0;
+  const float* values = task.values(q, c);
+  for (int d = 0; d < kWords; d++) {
+    if (!(kept >> d & 1)) continue;
+    for (int n = 0; n < kPairs; n++) {
+      const float* pair = values + d * kWordBits + 2 * n;
+      float* table = tables[count][n];
+      table[0] = 0, table[1] = pair[0], table[2] = pair[1], table[3] = pair[0] + pair[1];
+    }
+    used[count++] = d;
+  }
+  if (!count) return;
+  for (int64_t at = first * kGroup; at < last * kGroup; at += kTogether * kLanes) {
+    const uint32_t* masks = task.group(c, at / kGroup) + at % kGroup;
+    float* sums = task.sums(q, at / kGroup) + at % kGroup;
+    __m256 sum[kTogether];
+    for (int i = 0; i < kTogether; i++) sum[i] = _mm256_loadu_ps(sums + i * kLanes);
+    for (int u = 0; u < count; u++) {
+      const char* word = reinterpret_cast<const char*>(masks + used[u] * kGroup);
+      prefetch(word + kNext);
+      prefetch(word + kNext + 64);
+      // A permutation looks at the lowest 2 bits alone. To read from the next byte on takes a load
+      // where a shift would wait for the same ports as the permutation.
+      for (int byte = 0; byte < 4; byte++) {
+        __m256 table[4];
+        for (int n = 0; n < 4; n++)
+          table[n] =
+              _mm256_broadcast_ps(reinterpret_cast<const __m128*>(tables[u][4 * byte + n]));
+        for (int i = 0; i < kTogether; i++) {
+          const __m256i bits = _mm256_loadu_si256(
+              reinterpret_cast<const __m256i*>(word + i * sizeof(__m256i) + byte));
+          const __m256 low =
+              _mm256_add_ps(_mm256_permutevar_ps(table[0], bits),
+                            _mm256_permutevar_ps(table[1], _mm256_srli_epi32(bits, 2)));
+          const __m256 high =
+              _mm256_add_ps(_mm256_permutevar_ps(table[2], _mm256_srli_epi32(bits, 4)),
+                            _mm256_permutevar_ps(table[3], _mm256_srli_epi32(bits, 6)));
+          sum[i] = _mm256_add_ps(sum[i], _mm256_add_ps(low, high));
+        }
+      }
+    }
+    for (int i = 0; i < kTogether; i++) _mm256_storeu_ps(sums + i * kLanes, sum[i]);
+  }
+}
+
+// --- queries side by side ---
+
+constexpr int kVectors = 2;
+constexpr int kQueries = kVectors * kLanes;
+constexpr int kBytes = 256;
+constexpr int64_t kBlock = 48;  // groups whose sums stay in the L2 cache, with a word's tables
+
+struct alignas(64) Entry {  // one number for each of 16 queries: a line of the cache
+  float at[kQueries];
+
+  __m256 get(int i) const { return _mm256_load_ps(at + i * kLanes); }
+  void set(int i, __m256 x) { _mm256_store_ps(at + i * kLanes, x); }
+};
+
+// table[m] = the sum of values[b] over the bits b of m, added as `look_up_pairs` does.
+void fill_table(const Entry values[8], Entry table[kBytes]) {
+  for (int i = 0; i < kVectors; i++) {
+    __m256 nibbles[2][16];
+    for (int half = 0; half < 2; half++) {
+      __m256 pairs[2][4];
+      for (int n = 0; n < 2; n++) {
+        const __m256 even = values[4 * half + 2 * n].get(i), odd = values[4 * half + 2 * n + 1].get(i);
+        pairs[n][0] = _mm256_setzero_ps();
+        pairs[n][1] = even;
+        pairs[n][2] = odd;
+        pairs[n][3] = _mm256_add_ps(even, odd);
+      }
+      for (int m = 0; m < 16; m++)
+        nibbles[half][m] = _mm256_add_ps(pairs[0][m % 4], pairs[1][m / 4]);
+    }
+    for (int high = 0; high < 16; high++)
+      for (int low = 0; low < 16; low++)
+        table[16 * high + low].set(i, _mm256_add_ps(nibbles[0][low], nibbles[1][high]));
+  }
+}
+
+// The entry of a byte of a word. One shift less than the obvious way, a fifth of the time.
+const Entry& entry(const Entry* table, uint32_t word, int byte) {
+  constexpr int kScale = 6;
+  static_assert(sizeof(Entry) == 1 << kScale);
+  const uint32_t at = byte ? word >> (8 * byte - kScale) : word << kScale;
+  return *reinterpret_cast<const Entry*>(reinterpret_cast<const char*>(table) +
+                                         (at & 0xff << kScale));
+}
+
+struct Room {
+  std::vector<Entry> sums = std::vector<Entry>(kBlock * kGroup);
+  std::vector<Entry> tables = std::vector<Entry>(4 * kBytes);
+  Entry values[kWordBits] = {};
+};
+
+// Queries first_q..first_q + count - 1, at most 16, and groups first..last - 1, at most kBlock.
+// The words that are kept are bits of `kept` [16, C].
+void look_up_bytes(const Task& task, int64_t first_q, int64_t count, const uint32_t* kept,
+                   int64_t first, int64_t last, Room& room) {
+  Entry *const tables = room.tables.data(), *const sums = room.sums.data();
+  std::fill(sums, sums + (last - first) * kGroup, Entry{});
+  for (int64_t c = 0; c < task.chunks; c++)
+    for (int d = 0; d < kWords; d++) {
+      bool any = false;
+      for (int64_t q = 0; q < count; q++) {
+        const bool keep = kept[q * task.chunks + c] >> d & 1;
+        const float* values = task.values(first_q + q, c) + d * kWordBits;
+        prefetch(reinterpret_cast<const char*>(values + kWordBits));
+        prefetch(reinterpret_cast<const char*>(values + kWordBits + 16));
+        for (int b = 0; b < kWordBits; b++) room.values[b].at[q] = keep ? values[b] : 0;
+        any |= keep;
+      }
+      if (!any) continue;
+      for (int byte = 0; byte < 4; byte++)
+        fill_table(room.values + 8 * byte, tables + byte * kBytes);
+      for (int64_t g = first; g < last; g++) {
+        const uint32_t* masks = task.group(c, g) + d * kGroup;
+        for (int line = 0; line < 4; line++)
+          prefetch(reinterpret_cast<const char*>(masks) + 2 * kNext + 64 * line);
+        for (int t = 0; t < kGroup; t++) {
+          const uint32_t word = masks[t];
+          Entry& sum = sums[(g - first) * kGroup + t];
+          for (int i = 0; i < kVectors; i++) {
+            __m256 x = sum.get(i);
+            for (int byte = 0; byte < 4; byte++)
+              x = _mm256_add_ps(x, entry(tables + byte * kBytes, word, byte).get(i));
+            sum.set(i, x);
+          }
+        }
+      }
+    }
+  for (int64_t q = 0; q < count; q++)
+    for (int64_t t = 0; t < (last - first) * kGroup; t++)
+      task.sums(first_q + q, first)[t] = sums[t].at[q];
+}
+
+// Say whether tables of bytes are faster. Weights are cycles of a Zen 3, measured.
+bool bytes_are_faster(const uint32_t* kept, int64_t queries, int64_t chunks, int64_t masks) {
+  int64_t all = 0, together = 0;
+  for (int64_t c = 0; c < chunks; c++) {
+    uint32_t any = 0;
+    for (int64_t q = 0; q < queries; q++) {
+      all += __builtin_popcount(kept[q * chunks + c]);
+      any |= kept[q * chunks + c];
+    }
+    together += __builtin_popcount(any);
+  }
+  return together * (2048 + 8 * masks) < all * 2 * masks;
+}
+
+// 32 bits of a mask from `bit` on; those beyond the mask are zero.
+uint32_t bits_at(const uint8_t* mask, int64_t bytes, int64_t bit) {
+  uint64_t read = 0;
+  const int64_t left = bytes - bit / 8;
+  if (left >= 8)
+    std::memcpy(&read, mask + bit / 8, 8);
+  else
+    std::memcpy(&read, mask + bit / 8, left);
+  return static_cast<uint32_t>(read >> bit % 8);
+}
+
+// One output of N images, `outputs` apart: products of x [N, I] and weights [I] whose bits are set.
+template <int N>
+void masked_row(const uint8_t* mask, int64_t bytes, int64_t bit, const float* weights,
+                const float* x_NI, int64_t inputs, int64_t outputs, float* y) {
+  __m256 sum[2][N];  // two of each: additions wait for each other
+  for (int n = 0; n < N; n++) sum[0][n] = sum[1][n] = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + kWordBits <= inputs; i += kWordBits) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(bits_at(mask, bytes, bit + i)));
+    for (int k = 0; k < 4; k++) {
+      const int64_t at = i + k * kLanes;
+      const __m256 weight = where(signs(word, k), _mm256_loadu_ps(weights + at));
+      for (int n = 0; n < N; n++)
+        sum[k % 2][n] =
+            _mm256_fmadd_ps(weight, _mm256_loadu_ps(x_NI + n * inputs + at), sum[k % 2][n]);
+    }
+  }
+  if (const int64_t left = inputs - i) {
+    const uint32_t inside = (1u << left) - 1;
+    const __m256i lanes = _mm256_set1_epi32(static_cast<int>(inside));
+    const __m256i word =
+        _mm256_set1_epi32(static_cast<int>(bits_at(mask, bytes, bit + i) & inside));
+    for (int k = 0; k < 4; k++) {
+      const int64_t at = i + k * kLanes;
+      const __m256 weight = _mm256_maskload_ps(weights + at, signs(word, k));
+      for (int n = 0; n < N; n++)
+        sum[k % 2][n] = _mm256_fmadd_ps(
+            weight, _mm256_maskload_ps(x_NI + n * inputs + at, signs(lanes, k)), sum[k % 2][n]);
+    }
+  }
+  for (int n = 0; n < N; n++) y[n * outputs] = total_of(_mm256_add_ps(sum[0][n], sum[1][n]));
+}
+
+}  // namespace
+
+extern "C" {
+
+// Words of masks [T, B] in the order in which `lookup_sums` reads them: [C, G, 32, 64], and one
+// more, since it reads from every byte on.
+void interleave(const uint8_t* packed_TB, int64_t masks, int64_t bytes, uint32_t* words) {
+  const int64_t groups = (masks + kGroup - 1) / kGroup;
+  const int64_t chunks = (bytes + 4 * kWords - 1) / (4 * kWords);
+  std::fill(words, words + chunks * groups * kWords * kGroup + 1, 0);
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t d = 0; 4 * d < bytes; d++) {
+      uint32_t* row = words + (d / kWords * groups + g) * kWords * kGroup + d % kWords * kGroup;
+      for (int64_t t = g * kGroup; t < std::min(masks, (g + 1) * kGroup); t++)
+        row[t % kGroup] = word_of(packed_TB + t * bytes, bytes, d);
+    }
+}
+
+// sizes [D] = the magnitudes of the 32 values of each word, added.
+void word_sizes(const float* values, int64_t words, float* sizes) {
+  for (int64_t d = 0; d < words; d++) sizes[d] = size_of(values + d * kWordBits);
+}
+
+// sums [Q, 64 G] = for each query and mask, the values [Q, 1024 C] of the bits that are set, added.
+// Words whose magnitudes add up to no more than the query's `least` are left out, and cost nothing
+// where queries are few. Only groups first..last - 1 are done; their sums are zero before.
+void lookup_sums(const uint32_t* words, const float* values_QW, const float* least_Q,
+                 int64_t queries, int64_t chunks, int64_t groups, int64_t first, int64_t last,
+                 float* sums_QT) {
+  const Task task{words, values_QW, chunks, groups, sums_QT};
+  std::vector<uint32_t> kept(kQueries * chunks);
+  Room room;
+  for (int64_t start = 0; start < queries; start += kQueries) {
+    const int64_t count = std::min<int64_t>(kQueries, queries - start);
+    std::fill(kept.begin(), kept.end(), 0);
+    for (int64_t q = 0; q < count; q++)
+      for (int64_t c = 0; c < chunks; c++)
+        for (int d = 0; d < kWords; d++) {
+          const float size = size_of(task.values(start + q, c) + d * kWordBits);
+          kept[q * chunks + c] |= uint32_t{!(size <= least_Q[start + q])} << d;
+        }
+    if (bytes_are_faster(kept.data(), count, chunks, (last - first) * kGroup)) {
+      for (int64_t g = first; g < last; g += kBlock)
+        look_up_bytes(task, start, count, kept.data(), g, std::min(g + kBlock, last), room);
+    } else {
+      for (int64_t c = 0; c < chunks; c++)
+        for (int64_t q = 0; q < count; q++)
+          look_up_pairs(task, start + q, c, kept[q * chunks + c], first, last);
+    }
+  }
+}
+
+// total [W] += the masks of some tasks, each times its weight.
+void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, const float* weights,
+               int64_t count, float* total_W) {
+  constexpr int64_t kStep = 512;  // words: their total stays in the cache from mask to mask
+  constexpr int kMasks = 4;
+  const int64_t words = (bytes + 3) / 4;
+  for (int64_t start = 0; start < words; start += kStep)
+    for (int64_t n = 0; n < count; n += kMasks) {
+      const int masks = static_cast<int>(std::min<int64_t>(kMasks, count - n));
+      for (int64_t d = start; d < std::min(start + kStep, words); d++) {
+        __m256 total[kWordBits / kLanes];
+        for (int i = 0; i < 4; i++)
+          total[i] = _mm256_loadu_ps(total_W + d * kWordBits + i * kLanes);
+        for (int m = 0; m < masks; m++) {
+          const uint8_t* mask = packed_TB + tasks[n + m] * bytes;
+          const __m256i word = _mm256_set1_epi32(static_cast<int>(word_of(mask, bytes, d)));
+          const __m256 weight = _mm256_set1_ps(weights[n + m]);
+          for (int i = 0; i < 4; i++)
+            total[i] = _mm256_add_ps(total[i], where(signs(word, i), weight));
+        }
+        for (int i = 0; i < 4; i++)
+          _mm256_storeu_ps(total_W + d * kWordBits + i * kLanes, total[i]);
+      }
+    }
+}
+
+// sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
+void sums_of(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, int64_t count,
+             const float* values_W, float* sums) {
+  constexpr int64_t kStep = 128;  // words: their values stay in the cache from mask to mask
+  const int64_t words = (bytes + 3) / 4;
+  std::fill(sums, sums + count, 0.0f);
+  for (int64_t start = 0; start < words; start += kStep)
+    for (int64_t n = 0; n < count; n++) {
+      const uint8_t* mask = packed_TB + tasks[n] * bytes;
+      __m256 sum[kWordBits / kLanes];
+      for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
+      for (int64_t d = start; d < std::min(start + kStep, words); d++) {
+        const __m256i word = _mm256_set1_epi32(static_cast<int>(word_of(mask, bytes, d)));
+        for (int i = 0; i < 4; i++)
+          sum[i] = _mm256_add_ps(
+              sum[i],
+              where(signs(word, i), _mm256_loadu_ps(values_W + d * kWordBits + i * kLanes)));
+      }
+      sums[n] +=
+          total_of(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    }
+}
+
+// y [N, O] = x [N, I] (weights [O, I] ⊙ mask)ᵀ for the layer whose bits start at byte `start`.
+void masked_layer(const uint8_t* mask, int64_t bytes, int64_t start, const float* weights_OI,
+                  const float* x_NI, int64_t images, int64_t inputs, int64_t outputs,
+                  float* y_NO) {
+  for (int64_t o = 0; o < outputs; o++) {
+    const int64_t bit = 8 * start + o * inputs;
+    const float* weights = weights_OI + o * inputs;
+    int64_t n = 0;
+    for (; n + 4 <= images; n += 4)
+      masked_row<4>(mask, bytes, bit, weights, x_NI + n * inputs, inputs, outputs,
+                    y_NO + n * outputs + o);
+    for (; n < images; n++)
+      masked_row<1>(mask, bytes, bit, weights, x_NI + n * inputs, inputs, outputs,
+                    y_NO + n * outputs + o);
+  }
+}
+
+}  // extern "C"
