@@ -21,7 +21,9 @@ from supsup.bank import Bank
 from supsup.config import RunConfig, with_values
 from supsup.datasets import Dataset, load_dataset
 from supsup.manifest import make_manifest
+from supsup.streams import Stream
 from supsup.train import BlockTrainer, TrainedBlock
+from tests.streaming import Recorder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,11 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     return load_dataset("digits", None)
+
+
+@pytest.fixture(scope="session")
+def digits_16() -> Dataset:
+    return load_dataset("digits-16", None)
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +67,32 @@ def quick() -> RunConfig:
         "eval.shortlist": 3,
     }
     return with_values(RunConfig(), values)
+
+
+@pytest.fixture(scope="session")
+def open_config(quick):
+    """Four tasks of 16x16 digits, 60 batches each, a decision every 20."""
+    values = {
+        "scenario": "nns",
+        "dataset": "digits-16",
+        "tasks": 4,
+        "train.batches": 60,
+        "train.learning_rate": 1e-3,
+        "model.output_size": 500,
+        "openset.decide_every": 20,
+        "openset.budget": 50,
+        "eval.at": "4",
+    }
+    return with_values(quick, values)
+
+
+@pytest.fixture(scope="session")
+def learned(open_config, digits_16) -> Recorder:
+    """The stream of four tasks, learned in a plain loop: the truth of the equality tests."""
+    recorder = Recorder(open_config, digits_16)
+    for segment in Stream(open_config, digits_16):
+        recorder.learn(segment)
+    return recorder
 
 
 @pytest.fixture(scope="session")
