@@ -33,7 +33,6 @@ from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics,
 from supsup.bank import Bank
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
-from supsup.errors import ConfigError
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically
 from supsup.ledger import Ledger
@@ -61,19 +60,11 @@ class ChunkedRun:
         tracker: MetricSink,
         reporter: Reporter,
     ) -> None:
-        """Take stock of the ledgers; see ``StreamRun``.
-
-        Raises:
-            ConfigError: if there are more chunks than segments.
-        """
+        """Take stock of the ledgers; see ``StreamRun``."""
         self._config, self._data, self._bank, self._folder = config, data, bank, folder
         self._tracker, self._reporter = tracker, reporter
         self._stream = Stream(config, data)
         chunks, segments = config.openset.chunks, len(self._stream)
-        if chunks > segments:
-            raise ConfigError(
-                f"openset.chunks is {chunks}, must be at most {segments}, the stream's segments"
-            )
         bounds = [segments * i // chunks for i in range(chunks + 1)]
         self._chunks = [range(*bounds[i : i + 2]) for i in range(chunks)]
         self._ledgers = [Ledger(folder.path / "stream" / f"chunk-{i:04d}") for i in range(chunks)]

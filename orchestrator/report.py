@@ -239,7 +239,7 @@ def _picture(results: Results) -> bytes:
     shown = spread_ticks(learned, scale)
     axes.set_xticks(shown, [f"{k:,}" for k in shown])
     axes.minorticks_off()
-    axes.set_ylim(*_limits([gg, *(values for values, _ in curves.values())]))
+    axes.set_ylim(*limits([gg, *(values for values, _ in curves.values())]))
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{results.name} ({results.dataset})")
@@ -299,7 +299,7 @@ def _fractions(ticks: Sequence[int], scale: str) -> list[float]:
     return list((places - places[0]) / length)
 
 
-def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+def limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """Return the ends of the accuracy axis: whole percents with all values well inside."""
     lowest, highest = min(c.min() for c in curves), max(c.max() for c in curves)
     bottom, top = math.floor(lowest - 0.5), min(100, math.ceil(highest + 0.5))

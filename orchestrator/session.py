@@ -46,6 +46,7 @@ from supsup.inference import check_methods
 from supsup.manifest import Manifest, make_manifest
 from supsup.material import layers_of
 from supsup.sparse import mostly_background
+from supsup.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,8 @@ class _Task:
         self, store: Store, launch: Launch, report_dir: Path, started: float
     ) -> Outcome:
         with _tracking(self._folder, store, launch) as tracking:
-            tracking.tracker.begin(*self._description())
+            if self._train:
+                tracking.tracker.begin(*self._description())
             stream = self._stream_run(tracking.tracker)
             with contextlib.ExitStack() as stack:
                 crew = None if stream.settled else stack.enter_context(self._crew())
@@ -394,6 +396,8 @@ def _load(config: RunConfig, data_dir: str) -> Dataset:
     folder = Path(data_dir) if data_dir else default_data_dir()
     data = load_dataset(config.dataset, folder, config.image_size)
     layers_of(config, data)
+    if config.scenario == "nns":
+        Stream(config, data)
     if config.scenario != "gg":
         check_methods(config.eval.methods, config.model.output_size, data.classes)
     return data

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from orchestrator.report import as_csv, as_png, axis_scale, label, method_name, spread_ticks
+from orchestrator.report import (
+    as_csv,
+    as_png,
+    axis_scale,
+    label,
+    limits,
+    method_name,
+    spread_ticks,
+)
 from supsup.config import EvalConfig, RunConfig
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically
@@ -135,19 +143,19 @@ def _margins(decisions: Sequence[Decision]) -> str:
 def _caption(results: StreamResults) -> str:
     openset = results.config.openset
     text = (
-        "missed: tasks without a mask; extra: masks for known tasks; wrong: decisions\n"
-        "for another task's mask. Margins k·max ν: least of known, most of new data,\n"
-        f"to be told apart by 1 + ε; ε is {openset.epsilon:g}, {openset.threshold}"
+        "missed: tasks without a mask; extra: masks for known tasks; wrong: decisions for another "
+        "task's mask; margins k·max ν: least of known, most of new data, to be told apart by 1 + ε "
+        f"(ε {openset.epsilon:g}, {openset.threshold})"
     )
     if openset.boundaries == "told":
-        text += "\ntask boundaries are told, as in the paper's code"
+        text += "; task boundaries are told, as in the paper's code"
     if joins := results.checkpoints[-1].joins:
         text += (
-            f"\n{openset.chunks} chunks merged: {joins['joined']} masks joined, "
+            f"; {openset.chunks} chunks merged: {joins['joined']} masks joined, "
             f"{joins['wrong_joins']} wrongly, {joins['missed_joins']} joins missed"
         )
     if results.mask_accuracy is not None:
-        text += f"\nmasks given their own task: {100 * results.mask_accuracy:.2f} %"
+        text += f"; masks given their own task: {100 * results.mask_accuracy:.2f} %"
     return text
 
 
@@ -218,7 +226,7 @@ def _margins_picture(results: StreamResults) -> bytes:
     for name, known, colour in (("known data", True, "C0"), ("new data", False, "C3")):
         some = [d for d in results.decisions if d.known is known]
         margins = [d.margin - 1 for d in some]
-        axes.plot([d.masks for d in some], margins, ".", color=colour, markersize=4, label=name)
+        axes.plot([d.masks for d in some], margins, ".", color=colour, markersize=5, label=name)
     masks = [d.masks for d in results.decisions]
     epsilons = [d.epsilon for d in results.decisions]
     axes.plot(masks, epsilons, "k-", linewidth=1.2, label=f"ε ({results.config.openset.threshold})")
@@ -239,6 +247,7 @@ def _accuracy_picture(results: StreamResults) -> bytes:
     axes = figure.subplots()
     evaluations = [c.evaluation for c in results.checkpoints if c.evaluation]
     learned = [evaluation.learned for evaluation in evaluations]
+    curves = []
     for method in results.config.eval.methods:
         of = results.test_images
         values = np.array([100 * e.accuracy(method, _SHARED) for e in evaluations])
@@ -247,11 +256,13 @@ def _accuracy_picture(results: StreamResults) -> bytes:
         (line,) = axes.plot(learned, values, marker="o", markersize=5, label=f"NNs: {name}")
         band = (values - widths, values + widths)
         axes.fill_between(learned, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        curves.append(values)
     if results.mask_accuracy is not None:
-        axes.axhline(
-            100 * results.mask_accuracy, color="k", linestyle="--", linewidth=1.2,
-            label="masks given their own task, in the end",
-        )  # fmt: skip
+        upper = 100 * results.mask_accuracy
+        name = "masks given their own task, in the end"
+        axes.axhline(upper, color="k", linestyle="--", linewidth=1.2, label=name)
+        curves.append(np.array([upper]))
+    axes.set_ylim(*limits(curves))
     scale = axis_scale(learned)
     axes.set_xscale(scale)
     shown = spread_ticks(learned, scale)

@@ -69,7 +69,7 @@ struct Batch {
 // that a tile is read and written from one end to the other.
 constexpr int kVectors = 4;
 constexpr int kTile = kVectors * kLanes;
-constexpr int kPairs = 2 * kTile / static_cast<int>(sizeof(__m256i));  // registers of a pair's signs
+constexpr int kPairs = 2 * kTile / static_cast<int>(sizeof(__m256i));  // registers of a pair
 constexpr int32_t kNoOverflow = 64;  // 64 pairs of bytes add up to 64 * 2 * 255 < 2^15
 
 // N adjoining tiles at once, `stride` signs apart.

@@ -77,7 +77,8 @@ class Stream:
         """Lay out which task comes when.
 
         Raises:
-            ConfigError: if the stream is over before the first decision.
+            ConfigError: if the stream is over before the first decision, or has fewer segments
+                than it is to be cut into chunks.
         """
         self._config, self._data = config, data
         self._size = config.train.batch_size
@@ -95,6 +96,11 @@ class Stream:
         self._told = set(self._starts) if config.openset.boundaries == "told" else set()
         visits = self.visits if self._told else [Visit(0, 0, batches)]
         self._cuts = [cut for v in visits for cut in range(v.start, v.stop, every)] + [batches]
+        if config.openset.chunks > len(self):
+            raise ConfigError(
+                f"openset.chunks is {config.openset.chunks}, must be at most {len(self)}, the "
+                "stream's segments"
+            )
 
     def __len__(self) -> int:
         """Return the number of segments."""

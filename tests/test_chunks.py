@@ -7,7 +7,6 @@ import pytest
 
 from supsup.bank import Bank
 from supsup.config import with_values
-from supsup.errors import ConfigError
 from supsup.ledger import Ledger
 from supsup.streams import Stream
 from tests.streaming import Killed, Recorder, Silent, crew_of, stream_run, values_of
@@ -66,12 +65,6 @@ def test_killed_chunks_go_on_to_the_same_bank(tmp_path, monkeypatch, crew, chunk
     stream_run(tmp_path / "killed", chunked, digits_16, Silent()).work(crew)
     banks = [Bank.open(tmp_path / name / "open").sha256(5) for name in ("whole", "killed")]
     assert banks[0] == banks[1]
-
-
-def test_more_chunks_than_segments_is_an_error(tmp_path, chunked, digits_16):
-    config = with_values(chunked, {"openset.chunks": 16})
-    with pytest.raises(ConfigError, match=r"openset.chunks is 16, must be at most 15"):
-        stream_run(tmp_path, config, digits_16, Silent())
 
 
 @pytest.fixture(scope="module")

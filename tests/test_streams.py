@@ -145,3 +145,8 @@ def test_drift_turns_images_as_torchvision_does(open_quick, digits):
 def test_a_stream_shorter_than_a_decision_is_an_error(open_quick, digits):
     with pytest.raises(ConfigError, match=r"stream has 240 batches.*every 241.*lower openset"):
         stream_of(open_quick, digits, decide_every=241)
+
+
+def test_more_chunks_than_segments_are_an_error(open_quick, digits):
+    with pytest.raises(ConfigError, match=r"openset.chunks is 25, must be at most 24"):
+        stream_of(open_quick, digits, chunks=25)
