@@ -33,6 +33,7 @@ def supsup(monkeypatch, capsys, tmp_path):
 
 
 RUN = ("run", "permuted-digits")
+OPEN = ("run", "open-digits")
 BAD = [
     ((*RUN, "--workers", "0"), "0 is not in the range"),
     ((*RUN, "--workers", "-1"), "-1 is not in the range"),
@@ -49,7 +50,7 @@ BAD = [
     ((*RUN, "--taks", "3"), "No such option"),
     ((*RUN, "--objective", "x"), "'x' is not one of 'h', 'g'"),
     ((*RUN, "--algorithm", "x"), "is not one of"),
-    ((*RUN, "--scenario", "nnx"), "scenario is nnx, must be one of gg, gns, gnu"),
+    ((*RUN, "--scenario", "nnx"), "scenario is nnx, must be one of gg, gns, gnu, nns"),
     ((*RUN, "--protocol", "papr"), "is not one of"),
     ((*RUN, "--model", "resnet"), "model.name is resnet, must be one of"),
     ((*RUN, "--model.output_size", "9"), "model.output_size is 9, must be at least 10"),
@@ -66,6 +67,12 @@ BAD = [
     ((*RUN, "--runs-dir", "/dev/null"), "is not a folder"),
     ((*RUN, "--runs-dir", "/proc/x"), "no permission to write"),
     ((*RUN, "--tracking-uri", "ftp://x"), "the tracking URI must be"),
+    ((*OPEN, "--epsilon", "0"), "openset.epsilon is 0, must be greater than 0"),
+    ((*OPEN, "--epsilon", "4"), "openset.epsilon is 4, must be less than 4"),
+    ((*OPEN, "--budget", "0"), "openset.budget is 0, must be at least 1"),
+    ((*OPEN, "--stream", "fuzz"), "must be one of paper, random-length, recurring, fuzzy, drift"),
+    ((*OPEN, "--openset.decide-every", "6001"), "the stream has 6000 batches and a decision"),
+    ((*OPEN, "--openset.chunks", "61"), "openset.chunks is 61, must be at most 60"),
     ((*RUN, "--train.device", "tpu"), "train.device is tpu, must be one of"),
     ((*RUN, "--address", "127.0.0.1:9"), "no Ray cluster at '127.0.0.1:9'"),
     ((*RUN, "--address", "127.0.0.1:99999999"), "no Ray cluster at"),
@@ -238,12 +245,11 @@ def test_a_run_with_a_failed_block_exits_with_1_and_its_reason(supsup, monkeypat
     def failing(where, launch, name, reporter):
         return session.Outcome(
             folder=RunFolder(where.runs_dir, "bad"),
-            results=None,
+            table=None,
             failures=["tasks 0 to 9 failed, given up: NonFiniteLoss: task 3"],
-            learned=0,
-            trained=0,
+            summary="0 learned",
             seconds=1.0,
-            first_block_seconds=None,
+            first_result_seconds=None,
             bank_bytes=0,
             files=[],
             store=local_store(where.runs_dir),

@@ -135,3 +135,38 @@ def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
     (run,) = client.search_runs([client.get_experiment_by_name("supsup").experiment_id])
     assert run.data.metrics["gnu/task_accuracy/g-one-shot-b10"] > 0.9
     assert run.data.tags["tasks"] == "16"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chunks", ["1", "2"])
+def test_a_killed_open_set_run_loses_the_segment_in_hand_alone(tmp_path, chunks):
+    """SIGKILL of the command and its workers; resumed, it ends with the undisturbed SHA-256."""
+    words = (
+        "run", "open-digits", "--tasks", "6", "--train.batches", "100", "--workers", "2",
+        "--openset.decide-every", "20", "--openset.chunks", chunks,
+    )  # fmt: skip
+    supsup(tmp_path, *words, "--name", "whole", "--seed", "3")
+    runs = tmp_path / "runs"
+    command = subprocess.Popen(
+        [SUPSUP, *words, "--seed", "3", "--name", "killed"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def steps() -> int:
+        files = (runs / "killed" / "stream").rglob("steps.jsonl")
+        return sum(path.read_bytes().count(b"\n") for path in files)
+
+    wait_for(lambda: steps() >= 9)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    committed = steps()
+    assert 9 <= committed < 30
+    done = supsup(tmp_path, "resume", "killed")
+    assert f"{30 - committed} segments learned now, 6 masks for 6 tasks" in done.stdout
+    assert sha256(tmp_path, "killed") == sha256(tmp_path, "whole")
+    done = supsup(tmp_path, "eval", "killed", "--algorithm", "shortlist", "--objective", "h")
+    assert "H shortlist" in done.stdout
