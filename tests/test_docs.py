@@ -7,15 +7,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_plain_loop_of_the_documentation_works(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)[
-        1
-    ]
+def test_the_loops_of_the_documentation_work(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "python.md").read_text()
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, names)
     assert names["bank"].stock().tasks == [range(10), range(10, 20)]
     assert names["result"].task_accuracy("h-one-shot") > 0.95
+    assert names["learner"].allocated == 5
 
 
 def test_links_between_documents_lead_somewhere():
