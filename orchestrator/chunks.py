@@ -36,8 +36,9 @@ from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically
 from supsup.ledger import Ledger
+from supsup.members import Packed
 from supsup.merging import Member, groups, join_errors, kept
-from supsup.openset import Packed, Step
+from supsup.openset import Step
 from supsup.sampling import sampled_tasks
 from supsup.streams import Stream
 from supsup.tally import Decision, Tally

@@ -25,12 +25,14 @@ from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics, summary
+from supsup.apprentice import MaskState
 from supsup.bank import Bank
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation, decisions_per_task, merge
 from supsup.ledger import Ledger
-from supsup.openset import PAGE, MaskState, OpenSetLearner, Packed, Scores, Step
+from supsup.members import PAGE, Packed, Scores
+from supsup.openset import OpenSetLearner, Step
 from supsup.sampling import sampled_tasks
 from supsup.streams import Segment, Stream
 from supsup.tally import Tally

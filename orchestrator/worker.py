@@ -11,22 +11,15 @@ import numpy.typing as npt
 import ray
 import torch
 
+from supsup.apprentice import LocalTrainer, MaskState
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import SlowPath
 from supsup.evaluate import Evaluation, Evaluator
 from supsup.material import as_tensor, layers_of
+from supsup.members import LocalMembers, Packed, Scores
 from supsup.models import fixed_weights, weights_sha256
-from supsup.openset import (
-    Existing,
-    LocalMembers,
-    LocalTrainer,
-    MaskState,
-    OpenSetLearner,
-    Packed,
-    Scores,
-    Step,
-)
+from supsup.openset import Existing, OpenSetLearner, Step
 from supsup.streams import Segment, Stream
 from supsup.train import BlockTrainer, TrainedBlock
 

@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from supsup.apprentice import MaskState
 from supsup.errors import BankError
 from supsup.files import publish
-from supsup.openset import MaskState, Packed, Step
+from supsup.members import Packed
+from supsup.openset import Step
 
 _MASK_NAME = re.compile(r"(\d{9})-(\d{9})\.safetensors")
 _LINE = ("segment", "mask", "new", "margin", "epsilon", "decision_seconds", "batches")

@@ -10,51 +10,40 @@ new where
 Before five masks are allocated, five take part: the rest are masks as they will be at the start of
 their training.
 
-The learner is one loop; where the masks are asked and trained is up to two small interfaces
-(``Members``, ``Trainer``), so that the same loop runs over Ray workers.
+The learner is one loop; where the masks are asked and trained is up to two small interfaces,
+``Members`` (supsup.members) and ``Trainer`` (supsup.apprentice): so the same loop runs over Ray
+workers.
 
-Shapes: K masks that take part, O outputs and I inputs of a layer, W numbers per weight, N images
-of a segment, B images of a batch, P pixels.
+Shapes: K masks that take part, B images of a batch and bytes of a packed mask, P pixels.
 """
 
-import itertools
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from supsup.apprentice import MaskState, Trainer, batches_left, initial_state, packed_mask
 from supsup.config import OpenSetConfig, RunConfig
 from supsup.datasets import Dataset
-from supsup.errors import NonFiniteLoss
-from supsup.inference import fill_factors, superposed
-from supsup.masking import initial_scores, mask_bytes, pack
 from supsup.material import as_tensor, layers_of
-from supsup.models import Layer, fixed_weights
-from supsup.packed import packed_masks
+from supsup.members import Members, Packed, Scores, Superposition
+from supsup.models import fixed_weights
 from supsup.streams import Segment
-from supsup.train import BlockTrainer
 
 #: Masks that take part in a decision at least (paper, Section 4.3).
 LEAST_MASKS = 5
-#: Masks whose gradients are computed together; shards of a bank consist of whole pages.
-PAGE = 64
 #: Recent decisions of each kind that calibrate ε, and how many there must be.
 _RECENT: Mapping[str, int] = {"known": 256, "new": 64}
 _ENOUGH = 8
 #: Below this width in ln(margin - 1) a few equal margins would make ε certain of itself.
 _LEAST_WIDTH = 0.02
-
-Packed = npt.NDArray[np.uint8]
-Scores = npt.NDArray[np.float32]
-
 
 # --- the decision ----------------------------------------------------------------------------
 
@@ -139,174 +128,6 @@ class Threshold:
 
 def _widths(known: statistics.NormalDist, new: statistics.NormalDist) -> float:
     return known.stdev + new.stdev
-
-
-# --- the masks -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskState:
-    """A mask in training: all that its training depends on."""
-
-    scores_W: Scores
-    """Scores of all layers, end to end."""
-    square_avg_W: Scores
-    batches: int
-    """Batches trained so far."""
-
-
-class Members(Protocol):
-    """The masks that take part in decisions."""
-
-    def put(self, mask: int, packed_B: Packed) -> None:
-        """Add the next mask, or replace one."""
-
-    def scores(self, factor_W: Tensor) -> Scores:
-        """Return, for each mask, minus the sum of the numbers of the bits that are set [K]."""
-
-
-class Trainer(Protocol):
-    """What trains the masks."""
-
-    def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
-        """Train a mask on a segment."""
-
-
-class LocalMembers:
-    """Masks in this process, in pages of ``PAGE``: a bank's, or a shard of one."""
-
-    def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor]) -> None:
-        """Begin empty."""
-        self._layers, self._weights = layers, weights
-        self._pages: list[Packed] = []
-        self._count = 0
-        self._page_of_tasks = torch.arange(PAGE)
-
-    def put(self, mask: int, packed_B: Packed) -> None:
-        """See ``Members``."""
-        page, row = divmod(mask, PAGE)
-        if page == len(self._pages):
-            self._pages.append(np.zeros((PAGE, mask_bytes(self._layers)), np.uint8))
-        self._pages[page][row] = packed_B
-        self._count = max(self._count, mask + 1)
-
-    def scores(self, factor_W: Tensor) -> Scores:
-        """See ``Members``. A page is always computed whole, so that any sharding gives equal bits.
-
-        Args:
-            factor_W: numbers per weight, padded as ``packed_masks`` wants them.
-        """
-        sums = [
-            packed_masks(torch.from_numpy(page), self._weights, self._layers).sums_of(
-                factor_W, self._page_of_tasks
-            )
-            for page in self._pages
-        ]
-        scores_K: Scores = -torch.cat(sums)[: self._count].numpy()
-        return scores_K
-
-
-class LocalTrainer:
-    """Trains masks in this process, one at a time, on images as they come."""
-
-    def __init__(self, config: RunConfig, data: Dataset) -> None:
-        """Generate the weights.
-
-        Args:
-            config: with precision, device and engine resolved.
-            data: the data set of the run.
-        """
-        self._config = config
-        self._blocks = BlockTrainer(config, data)
-        self._material = self._blocks.material
-        self._weights = [weight_OI[None] for weight_OI in self._material.weights]
-
-    def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
-        """See ``Trainer``. The rate goes by the batches that the mask itself has been trained on.
-
-        Raises:
-            NonFiniteLoss: if the loss of the last batch is not finite.
-        """
-        left = batches_left(self._config, state.batches)
-        group = self._blocks.engine.resume(
-            self._weights, *map(self._by_layer, (state.scores_W, state.square_avg_W))
-        )
-        done = state.batches
-        for images_BP, labels_B in itertools.islice(segment.batches(), left):
-            batch = self._blocks.engine.batch(as_tensor(images_BP), as_tensor(labels_B))
-            group.learn(batch, done)
-            done += 1
-        scores_W, square_avg_W = (
-            torch.cat([layer_TOI.flatten() for layer_TOI in layers]).cpu().numpy()
-            for layers in (group.scores(), group.square_avgs())
-        )
-        if not np.isfinite(scores_W).all():
-            raise NonFiniteLoss(
-                f"mask {mask}: the scores are not finite; lower train.learning_rate"
-            )
-        return MaskState(scores_W=scores_W, square_avg_W=square_avg_W, batches=done)
-
-    def _by_layer(self, flat_W: Scores) -> list[Tensor]:
-        layers = self._material.layers
-        parts = torch.split(as_tensor(flat_W), [layer.weights for layer in layers])
-        return [
-            part.view(1, layer.outputs, layer.inputs)
-            for part, layer in zip(parts, layers, strict=True)
-        ]
-
-
-def initial_state(config: RunConfig, layers: Sequence[Layer], mask: int) -> MaskState:
-    """Return the state that a mask starts from."""
-    scores = [initial_scores(config.seed, mask, layer).ravel() for layer in layers]
-    scores_W = np.concatenate(scores)
-    return MaskState(scores_W=scores_W, square_avg_W=np.zeros_like(scores_W), batches=0)
-
-
-def batches_left(config: RunConfig, batches: int) -> int | None:
-    """Return how many batches a mask can still be trained on; None: without end.
-
-    A rate that falls to 0 after ``train.batches`` leaves a mask as it is from there on.
-    """
-    if config.train.schedule == "constant":
-        return None
-    return max(0, config.train.batches - batches)
-
-
-def packed_mask(state: MaskState, layers: Sequence[Layer]) -> Packed:
-    """Return the packed mask [bytes] of a state's scores."""
-    parts = np.split(state.scores_W, np.cumsum([layer.weights for layer in layers])[:-1])
-    masks = [torch.from_numpy(part >= 0).view(1, -1) for part in parts]
-    packed_B: Packed = pack(masks)[0]
-    return packed_B
-
-
-class Superposition:
-    """The sum of the masks that take part, kept up to date mask by mask; exact, for it counts."""
-
-    def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor], classes: int) -> None:
-        """Begin empty."""
-        # Any packed mask tells how vectors of numbers per weight are laid out.
-        none = torch.zeros(1, mask_bytes(layers), dtype=torch.uint8)
-        self._masks = packed_masks(none, weights, layers)
-        self._classes = classes
-        self._counts_1W = self._masks.vectors(1)
-        self._factor_1W = self._masks.vectors(1)
-        self._bits = self._masks.bits
-
-    def add(self, packed_B: Packed, times: int = 1) -> None:
-        """Add a mask, or take one away."""
-        bits = np.unpackbits(packed_B, bitorder="little")
-        self._counts_1W[0, : self._bits].add_(torch.from_numpy(bits), alpha=times)
-
-    def factor(self, images_BP: Tensor, masks: int) -> Tensor:
-        """Return ``δ xᵀ ⊙ W`` [W] of entropy over a batch at ``α = 1 / masks``.
-
-        The gradient with respect to ``α_i`` is its sum over the bits of mask i. Good until the
-        next call.
-        """
-        weights = superposed(self._masks, self._counts_1W / masks)
-        fill_factors(self._masks, self._factor_1W, weights, images_BP[None], "h", self._classes)
-        return self._factor_1W[0]
 
 
 # --- the learner -----------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.stream import StreamRun
 from orchestrator.stream_report import metrics
 from orchestrator.worker import WorkerSetup
+from supsup.apprentice import LocalTrainer, MaskState
 from supsup.bank import Bank
 from supsup.manifest import make_manifest
 from supsup.material import layers_of
+from supsup.members import LocalMembers
 from supsup.models import fixed_weights
-from supsup.openset import LocalMembers, LocalTrainer, MaskState, OpenSetLearner, Step
+from supsup.openset import OpenSetLearner, Step
 from supsup.streams import Segment
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from supsup import ledger as ledger_module
+from supsup.apprentice import MaskState
 from supsup.errors import BankError
 from supsup.ledger import Ledger
-from supsup.openset import MaskState, Step
+from supsup.openset import Step
 
 
 def a_step(number: int, mask: int | None, new: bool = False, alive: bool = True) -> Step:

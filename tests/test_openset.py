@@ -7,25 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from supsup.apprentice import LocalTrainer, MaskState, initial_state, packed_mask
 from supsup.config import OpenSetConfig, with_values
 from supsup.inference import entropy
 from supsup.masking import pack, unpack
 from supsup.material import layers_of
+from supsup.members import PAGE, LocalMembers, Superposition
 from supsup.models import fixed_weights, make_layers
-from supsup.openset import (
-    PAGE,
-    Existing,
-    LocalMembers,
-    LocalTrainer,
-    MaskState,
-    New,
-    Superposition,
-    Threshold,
-    decide,
-    initial_state,
-    margin,
-    packed_mask,
-)
+from supsup.openset import Existing, New, Threshold, decide, margin
 from supsup.packed import packed_masks
 from supsup.streams import Segment, Stream
 from tests.streaming import Recorder

@@ -15,7 +15,7 @@ from supsup.bank import Bank
 from supsup.errors import RunFailed
 from supsup.ledger import Ledger
 from supsup.manifest import make_manifest
-from supsup.openset import PAGE, LocalMembers
+from supsup.members import PAGE, LocalMembers
 from tests.streaming import Killed, Silent, crew_of, sha256, stream_run, values_of
 from tests.test_openset import LAYERS, WEIGHTS, random_bank
 
