@@ -211,7 +211,10 @@ def bank_verify(name: str, runs_dir: str) -> None:
     for damage in damaged:
         click.echo(f"damaged: {damage}")
     if damaged:
-        click.echo(f"the other tasks are readable; repair with: {_again('resume', name, runs_dir)}")
+        again = f"repair with: {_again('resume', name, runs_dir)}"
+        if opened.manifest.config.scenario == "nns":
+            again = "a mask of an open-set run can't be trained again alone"
+        click.echo(f"the other tasks are readable; {again}")
         sys.exit(1)
     learned = learned_prefix(tasks for tasks, _ in opened.blocks())
     if learned:

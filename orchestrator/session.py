@@ -113,8 +113,14 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
             launch = dataclasses.replace(launch, identity=folder.identity() or launch.identity)
             folder.write_launch(launch)
             bank.discard_leftovers()
+            stock = bank.stock()
+            if config.scenario == "nns" and stock.damaged:
+                raise UserError(
+                    f"damaged: {stock.damaged[0]}; a mask of an open-set run can't be trained again "
+                    "alone: begin again with another --name"
+                )
             task = _Task(cluster, config, checkpoints(config), data, bank, folder, reporter)
-            return task.work(bank.stock(), store, launch, folder.path / "report", started)
+            return task.work(stock, store, launch, folder.path / "report", started)
 
 
 def evaluate(
@@ -161,9 +167,11 @@ def evaluate(
         config = dataclasses.replace(config, tasks=at[-1])
     data = _load(config, launch.data_dir)
     stock = bank.stock()
+    again = "begin again with another --name" if config.scenario == "nns" else ""
+    repair = again or f"repair with supsup resume {name}"
     needed = [damage for damage in stock.damaged if damage.tasks.start < at[-1]]
     if needed:
-        raise UserError(f"damaged: {needed[0]}; repair with supsup resume {name}")
+        raise UserError(f"damaged: {needed[0]}; {repair}")
     if data.sha256 != bank.manifest.dataset_sha256:
         raise UserError(f"the data set is not the one that {name} was trained on; see --data-dir")
     with (
