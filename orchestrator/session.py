@@ -116,8 +116,8 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
             stock = bank.stock()
             if config.scenario == "nns" and stock.damaged:
                 raise UserError(
-                    f"damaged: {stock.damaged[0]}; a mask of an open-set run can't be trained again "
-                    "alone: begin again with another --name"
+                    f"damaged: {stock.damaged[0]}; a mask of an open-set run can't be trained "
+                    "again alone: begin again with another --name"
                 )
             task = _Task(cluster, config, checkpoints(config), data, bank, folder, reporter)
             return task.work(stock, store, launch, folder.path / "report", started)
