@@ -119,9 +119,8 @@ class Stream:
         if self._config.openset.stream == "drift":
             images_NP = self._turned(images_NP, self._cuts[number])
         for task in np.unique(tasks_N):
-            mine_N = np.flatnonzero(tasks_N == task)
-            order_P = self._permutation(int(task))
-            images_NP[mine_N] = images_NP[mine_N[:, None], order_P]
+            mine_N = tasks_N == task
+            images_NP[mine_N] = images_NP[mine_N].take(self._permutation(int(task)), axis=1)
         return Segment(
             number=number,
             images_NP=images_NP,
