@@ -32,7 +32,7 @@ from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation, decisions_per_task, merge
 from supsup.ledger import Ledger
 from supsup.members import PAGE, Packed, Scores
-from supsup.openset import OpenSetLearner, Step
+from supsup.openset import OpenSetLearner, Step, Threshold
 from supsup.sampling import sampled_tasks
 from supsup.streams import Segment, Stream
 from supsup.tally import Tally
@@ -139,7 +139,7 @@ class StreamRun:
         self._stream = Stream(config, data)
         self._ledger = Ledger(folder.path / "stream")
         self._due = due(self._stream, checkpoints)
-        self._tally = Tally()
+        self._tally, self._threshold = Tally(), Threshold(config.openset)
         self._finished: list[StreamCheckpoint] = []
         self._mask_accuracy: float | None = None
         self.learned_now = 0
@@ -212,6 +212,7 @@ class StreamRun:
                 self._checkpoint(k, segment.number, crew, learner.masks)
 
     def _take(self, step: Step) -> None:
+        self._threshold.take(step)
         truth_N = self._stream.truth(step.segment)
         self._tally.add(step, truth_N, self._config.train.batch_size)
 
@@ -250,6 +251,7 @@ class StreamRun:
             refused=self._tally.refused,
             decisions=len(self._tally.decisions),
             recent=tuple(self._tally.decisions[before:]),
+            false_alarm=self._threshold.false_alarm,
         )
         self._finished.append(checkpoint)
         self._tracker.metrics(metrics(checkpoint, self._config.eval), learned)

@@ -43,6 +43,8 @@ class StreamCheckpoint:
     decisions: int
     recent: tuple[Decision, ...]
     """The decisions since the checkpoint before."""
+    false_alarm: float = math.nan
+    """The chance that known data is taken for new, as the margins so far have it; nan: unknown."""
     joins: Mapping[str, int] | None = None
     """Of a stream in chunks: masks joined, wrong joins, missed joins."""
 
@@ -77,6 +79,8 @@ def metrics(checkpoint: StreamCheckpoint, settings: EvalConfig) -> dict[str, flo
     if recent:
         values["nns/epsilon"] = recent[-1].epsilon
         values["nns/decision_ms"] = 1e3 * statistics.median(d.seconds for d in recent)
+    if math.isfinite(checkpoint.false_alarm):
+        values["nns/false_alarm"] = checkpoint.false_alarm
     evaluation = checkpoint.evaluation
     if evaluation is not None:
         values["nns/accuracy"] = evaluation.accuracy(evaluation.methods[0], _SHARED)

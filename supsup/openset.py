@@ -93,10 +93,18 @@ class Threshold:
         """Begin with no decision seen."""
         self._fixed = openset.epsilon
         self._calibrated = openset.threshold == "calibrated"
+        self._allocated = 0
         self._seen = {name: deque[float](maxlen=size) for name, size in _RECENT.items()}
 
+    def take(self, step: "Step") -> None:
+        """Take in what a learner did."""
+        self._allocated += step.new
+        # Which of an untrained few masks is best says nothing about margins.
+        if self._allocated > LEAST_MASKS:
+            self.observe(step.margin, step.new or step.mask is None)
+
     def observe(self, seen_margin: float, new: bool) -> None:
-        """Take in a decision."""
+        """Take in a margin, and what was decided."""
         self._seen["new" if new else "known"].append(math.log(max(seen_margin - 1, 1e-12)))
 
     @property
@@ -188,11 +196,6 @@ class OpenSetLearner:
         for mask in range(LEAST_MASKS):
             self._put(mask, packed_mask(self._initial(mask), self._layers))
 
-    @property
-    def threshold(self) -> Threshold:
-        """The rule's ε as it is now."""
-        return self._threshold
-
     def masks(self) -> Packed:
         """Return the allocated masks [K, bytes]."""
         return np.stack(self._packed[: self.allocated])
@@ -273,9 +276,7 @@ class OpenSetLearner:
 
     def _note(self, step: Step) -> None:
         self.allocated += step.new
-        # Which of an untrained few masks is best says nothing about margins.
-        if self.allocated > LEAST_MASKS:
-            self._threshold.observe(step.margin, step.new or step.mask is None)
+        self._threshold.take(step)
 
     def _put(self, mask: int, packed_B: Packed) -> None:
         if mask < len(self._packed):
