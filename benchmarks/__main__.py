@@ -1,15 +1,17 @@
 """Speed, measured in one run against the plain way: ``make bench``.
 
 Prints one table, and writes it as JSON and the times of decisions as a picture. A figure is the
-median of ``--repeat`` repetitions; lowest and highest are beside it.
+median of ``--repeat`` repetitions; lowest and highest are beside it. What is compared takes turns:
+whatever else the machine does slows all of it.
 """
 
+import functools
 import json
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -26,20 +28,23 @@ from supsup.inference import Queries, TaskInference, infer
 from supsup.masking import mask_bytes
 from supsup.material import layers_of
 from supsup.models import fixed_weights
+from supsup.packed import PackedMasks
 from supsup.train import ENGINES, BlockTrainer, resolve_here
 
 REFERENCE_BATCHES, ENGINE_BATCHES = 50, 200
+PLAIN = "plain PyTorch loop"
 Timings = dict[str, list[float]]
 
 
-def timed(work: Callable[[], object], repeat: int) -> list[float]:
-    """Return the seconds of each of several runs, after one that is not counted."""
-    work()
-    seconds = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
+def timed(works: Mapping[str, Callable[[], object]], repeat: int) -> Timings:
+    """Return the seconds of several runs of each, in turn, after one that is not counted."""
+    seconds: Timings = {name: [] for name in works}
+    for repetition in range(repeat + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
@@ -51,7 +56,7 @@ def matmul_flops(dtype: torch.dtype, repeat: int) -> float:
         for _ in range(200):
             x @ w.T
 
-    return 200 * 2 * 128 * 784 * 300 / statistics.median(timed(work, repeat))
+    return 200 * 2 * 128 * 784 * 300 / statistics.median(timed({"": work}, repeat)[""])
 
 
 def step_flops(config: RunConfig, data: Dataset) -> int:
@@ -63,9 +68,10 @@ def step_flops(config: RunConfig, data: Dataset) -> int:
     return 2 * config.train.batch_size * (2 * first + 3 * sum(rest))
 
 
-def training(config: RunConfig, data: Dataset, repeat: int) -> Iterator[tuple[str, list[float]]]:
-    """Yield seconds per task of 1000 batches, by engine; the plain reference's last."""
+def training(config: RunConfig, data: Dataset, repeat: int) -> Timings:
+    """Return seconds per task of 1000 batches, by engine; the plain reference's last."""
     usable = [e for e in ENGINES if e in ("dense", resolve_here(config, data).train.engine)]
+    works: dict[str, Callable[[], object]] = {}
     for engine in usable:
         values = {"train.engine": engine, "train.batches": ENGINE_BATCHES}
         trainer = BlockTrainer(resolve_here(with_values(config, values), data), data)
@@ -75,28 +81,44 @@ def training(config: RunConfig, data: Dataset, repeat: int) -> Iterator[tuple[st
             for number in range(ENGINE_BATCHES):
                 group.step(number)  # type: ignore[attr-defined]
 
-        yield engine, [s * 1000 / ENGINE_BATCHES / 10 for s in timed(steps, repeat)]
-    plain = timed(lambda: train_task(config, data, 0, REFERENCE_BATCHES), repeat)
-    yield "plain PyTorch loop", [s * 1000 / REFERENCE_BATCHES for s in plain]
+        works[engine] = steps
+    works[PLAIN] = lambda: train_task(config, data, 0, REFERENCE_BATCHES)
+    trained = dict.fromkeys(usable, 10 * ENGINE_BATCHES) | {PLAIN: REFERENCE_BATCHES}
+    return {
+        name: [1000 * s / trained[name] for s in seconds]
+        for name, seconds in timed(works, repeat).items()
+    }
 
 
-def decisions(config: RunConfig, data: Dataset, k: int, repeat: int) -> Timings:
-    """Return ms per single-image decision among k random masks, 256 at once and alone."""
+def decisions(config: RunConfig, data: Dataset, k: int, repeat: int, unpack: bool) -> Timings:
+    """Return ms per single-image decision among k random masks, 256 at once and alone.
+
+    With ``unpack``, also those of torch on unpacked masks, which do without kernels.
+    """
     layers = layers_of(config, data)
     random = np.random.default_rng(0)
     packed = torch.from_numpy(random.integers(0, 256, (k, mask_bytes(layers)), dtype=np.uint8))
     weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-    engine = TaskInference(packed, weights, layers, data.classes)
+    engines = {"": TaskInference(packed, weights, layers, data.classes)}
+    if unpack:
+        engines[", unpacked"] = TaskInference(packed, weights, layers, data.classes)
+        engines[", unpacked"].masks = PackedMasks(packed, weights, layers)
     pixels = torch.from_numpy(data.test_images[:256]).float()[:, None]
     images = (pixels / data.scale - data.mean) / data.std
-    return {
-        f"{method}, {name}": [
-            1000 * s / len(queries)
-            for s in timed(lambda q=queries, m=method: infer(Queries(engine, q), m), repeat)
-        ]
-        for method in ("h-one-shot", "h-sketch", "h-shortlist")
-        for name, queries in (("256 at once", images), ("alone", images[:1]))
-    }
+    results: Timings = {}
+    for method in ("h-one-shot", "h-sketch", "h-shortlist"):
+        for name, asked in (("256 at once", images), ("alone", images[:1])):
+            works = {
+                f"{method}, {name}{how}": functools.partial(_decide, engine, asked, method)
+                for how, engine in engines.items()
+            }
+            for what, seconds in timed(works, repeat).items():
+                results[what] = [1000 * s / len(asked) for s in seconds]
+    return results
+
+
+def _decide(engine: TaskInference, images_QNP: torch.Tensor, method: str) -> None:
+    infer(Queries(engine, images_QNP), method)
 
 
 @click.command()
@@ -106,6 +128,8 @@ def decisions(config: RunConfig, data: Dataset, k: int, repeat: int) -> Timings:
 @click.option("--repeat", default=5, show_default=True)
 @click.option("--output-size", default=500, show_default=True)
 @click.option("--at", default="10,100,500,1000,2500", show_default=True, help="numbers of masks")
+@click.option("--digits-at", default=25_000, show_default=True, help="masks of digits; 0: none")
+@click.option("--unpack", is_flag=True, help="decide also with torch on unpacked masks")
 @click.option("--json", "output", default="benchmark.json", show_default=True)
 def main(
     data_dir: Path | None,
@@ -114,24 +138,29 @@ def main(
     repeat: int,
     output_size: int,
     at: str,
+    digits_at: int,
+    unpack: bool,
     output: str,
 ) -> None:
-    """Benchmark LeNet-300-100 on MNIST, and 25,000 masks on digits."""
+    """Benchmark LeNet-300-100 on MNIST, and decisions among many masks of digits."""
     torch.set_num_threads(threads)
     config = with_values(RECIPES["permuted-mnist"](), {"model.output_size": output_size})
     data = load_dataset("mnist", data_dir or default_data_dir())
-    results: Timings = {}
-    for name, seconds in training(config, data, repeat):
-        results[f"train, s per task of 1000 batches: {name}"] = seconds
+    results: Timings = {
+        f"train, s per task of 1000 batches: {name}": seconds
+        for name, seconds in training(config, data, repeat).items()
+    }
     precision = resolve_here(config, data).train.precision
     ceiling = matmul_flops(torch.bfloat16 if precision == "bf16" else torch.float32, repeat)
     torch.set_num_threads(decision_threads)
-    curves = {k: decisions(config, data, k, repeat) for k in map(int, at.split(","))}
-    small = with_values(RECIPES["permuted-digits"](), {"model.output_size": 100})
-    digits = decisions(small, load_dataset("digits", Path()), 25_000, repeat)
+    curves = {k: decisions(config, data, k, repeat, unpack) for k in map(int, at.split(","))}
     for k, timings in curves.items():
         results |= {f"decide among {k} masks, ms: {name}": t for name, t in timings.items()}
-    results |= {f"decide among 25000 masks of digits, ms: {n}": t for n, t in digits.items()}
+    if digits_at:
+        small = with_values(RECIPES["permuted-digits"](), {"model.output_size": 100})
+        digits = decisions(small, load_dataset("digits", Path()), digits_at, repeat, unpack)
+        prefix = f"decide among {digits_at} masks of digits, ms: "
+        results |= {prefix + name: timings for name, timings in digits.items()}
     body = {
         "results": results,
         "matmul_flops": ceiling,
@@ -158,7 +187,7 @@ def _show(body: dict, repeat: int) -> None:
     console = Console()
     console.print(table)
     train = {n.partition(": ")[2]: statistics.median(t) for n, t in results.items() if "train" in n}
-    plain = train.pop("plain PyTorch loop")
+    plain = train.pop(PLAIN)
     for engine, seconds in train.items():
         rate = 1000 * body["step_flops"] / seconds
         console.print(
