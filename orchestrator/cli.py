@@ -314,8 +314,12 @@ def _open_bank(runs_dir: str, name: str) -> Any:
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, taken the way that Ctrl-C is."""
 
+    arrived = False
+    """Whether it ever came: on its way up it may become a plain KeyboardInterrupt."""
+
 
 def _terminate(*_: object) -> None:
+    _Terminated.arrived = True
     raise _Terminated
 
 
@@ -343,8 +347,8 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except click.Abort as error:
-        sys.exit(_TERMINATED if isinstance(error.__cause__, _Terminated) else _INTERRUPTED)
+    except click.Abort:
+        sys.exit(_TERMINATED if _Terminated.arrived else _INTERRUPTED)
 
 
 def _fail(message: str, status: int = 2) -> None:
