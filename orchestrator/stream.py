@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
+import torch
 from torch import Tensor
 
 from orchestrator.blocks import evaluation_jobs, remaining
@@ -26,6 +27,7 @@ from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics, summary
 from supsup.apprentice import MaskState
+from orchestrator.worker import THREADS
 from supsup.bank import Bank
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
@@ -196,6 +198,8 @@ class StreamRun:
                 self._checkpoint(k, number, crew, masks)
 
     def _learn(self, crew: Crew) -> None:
+        # As in a worker: the bits of a decision don't depend on this machine's cores.
+        torch.set_num_threads(THREADS)
         learner = OpenSetLearner(
             self._config, self._data, ShardedMembers(crew), RemoteTrainer(crew), self._ledger.state
         )
