@@ -26,8 +26,8 @@ from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics, summary
-from supsup.apprentice import MaskState
 from orchestrator.worker import THREADS
+from supsup.apprentice import MaskState
 from supsup.bank import Bank
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
