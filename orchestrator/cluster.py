@@ -27,6 +27,8 @@ from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
 
 _REACH_SECONDS = 5.0
+#: Workers of an embedded cluster that one core can be shared by: each takes about a gigabyte.
+_SHARE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,13 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
         UserError: if there is no such cluster, or it lacks what the workers need.
     """
     if address is None:
-        cores = max(len(os.sched_getaffinity(0)), (workers or 0) * THREADS)
+        own = len(os.sched_getaffinity(0))
+        if (workers or 0) > _SHARE * own:
+            raise UserError(
+                f"--workers {workers} needs as many cores; this machine has {own}, each of which "
+                f"{_SHARE} workers can share at most; lower --workers, or give --address"
+            )
+        cores = max(own, (workers or 0) * THREADS)
         gpus = torch.cuda.device_count()
         started = functools.partial(_embedded, cores)
         yield _cluster(this_machine(), gpus, cores, workers, device, started)

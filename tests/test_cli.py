@@ -38,6 +38,7 @@ BAD = [
     ((*RUN, "--workers", "0"), "0 is not in the range"),
     ((*RUN, "--workers", "-1"), "-1 is not in the range"),
     ((*RUN, "--workers", "1000000000"), "1000000000 is not in the range"),
+    ((*RUN, "--workers", "4096"), "--workers 4096 needs as many cores; this machine has"),
     ((*RUN, "--workers", "two"), "'two' is not a valid integer"),
     ((*RUN, "--tasks", "0"), "tasks is 0, must be at least 1"),
     ((*RUN, "--tasks", "99999999999999999999"), "must be at most 10000000"),
