@@ -100,23 +100,27 @@ def test_killed_and_resumed_gives_the_same_bank(whole, tmp_path):
     assert sha256(tmp_path, "killed") == sha256(whole, "whole")
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_says_how_to_go_on(tmp_path, how, status):
-    words = ("--name", "stopped", "--tasks", "1000", "--workers", "1")
-    command = subprocess.Popen(
-        [SUPSUP, "run", "permuted-digits", *words, *QUICK],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that put the tests into the background made them ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for(lambda: blocks(tmp_path, "stopped") >= 1)
-    command.send_signal(how)
-    _, err = command.communicate(timeout=60)
-    assert command.returncode == status
-    assert "go on with supsup resume stopped" in err
-    assert "Traceback" not in err
+def test_stopped_says_how_to_go_on(tmp_path):
+    """Two runs side by side: Ctrl-C stops one, SIGTERM the other."""
+    commands = {}
+    for how in (signal.SIGINT, signal.SIGTERM):
+        words = ("--name", how.name, "--tasks", "1000", "--workers", "1")
+        commands[how] = subprocess.Popen(
+            [SUPSUP, "run", "permuted-digits", *words, *QUICK],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell that put the tests into the background made them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    for how, command in commands.items():
+        wait_for(lambda name=how.name: blocks(tmp_path, name) >= 1)
+        command.send_signal(how)
+    for how, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        _, err = commands[how].communicate(timeout=60)
+        assert commands[how].returncode == status
+        assert f"go on with supsup resume {how.name}" in err
+        assert "Traceback" not in err
 
 
 def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
