@@ -74,7 +74,7 @@ def run(
     tracking_uri: str | None,
     **fields: str | None,
 ) -> None:
-    r"""Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
+    """Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
 
     \b
     Recipes:
@@ -84,7 +84,7 @@ def run(
 
     A run with the same training settings as an existing one continues it: asking for 100 tasks
     after 50 trains the other 50.
-    """
+    """  # noqa: D301
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}, must be one of {', '.join(RECIPES)}")
     config = with_values(RECIPES[recipe](), {**PROTOCOLS[protocol], **options.given(fields)})

@@ -50,6 +50,7 @@ class RunJobs:
         put: Callable[[Any], Any],
         workers: int,
         train: bool = True,
+        ahead: bool = True,
     ) -> None:
         """Take stock of the bank, and finish the checkpoints that no worker is needed for.
 
@@ -64,13 +65,14 @@ class RunJobs:
             put: stores an object for all workers and returns its reference.
             workers: how many work off the jobs.
             train: whether missing tasks are trained.
+            ahead: whether the tasks behind a checkpoint are trained while it is evaluated.
         """
         self.failures: list[str] = []
         self.trained = 0
         self.first_block_at: float | None = None
         self._config, self._bank, self._folder = config, bank, folder
         self._tracker, self._reporter, self._put = tracker, reporter, put
-        self._workers = workers
+        self._workers, self._ahead = workers, ahead
         for damage in stock.damaged if train else ():
             moved = bank.set_aside(damage)
             reporter.note(f"damaged: {damage}; moved to {moved}, its tasks are trained again")
@@ -116,6 +118,12 @@ class RunJobs:
             test_images=self._bank.manifest.test_images,
         )
 
+    def drop_rest(self) -> None:
+        """Start no more jobs; what workers have in hand is still taken."""
+        self._todo.clear()
+        self._queue.clear()
+        self._waiting.clear()
+
     # --- JobSource -----------------------------------------------------------------------------
 
     def left(self) -> int:
@@ -128,7 +136,7 @@ class RunJobs:
             self._open_checkpoint(self._waiting.popleft())
         if self._queue:
             return self._queue.popleft()
-        if self._todo:
+        if self._todo and (self._ahead or self._todo[0].start < self._next_checkpoint()):
             block = self._todo.popleft()
             return Job("train", (block,), tag=("train", block))
         return None
@@ -173,6 +181,10 @@ class RunJobs:
     def _note_gg(self, first: int, correct_T: Any) -> None:
         room = self._gg_correct[first : first + len(correct_T)]
         room[:] = correct_T[: len(room)]
+
+    def _next_checkpoint(self) -> int:
+        """Return the number of tasks of the first checkpoint that is not finished."""
+        return min([*self._parts, *self._waiting], default=self._config.tasks)
 
     def _asked(self, learned: int) -> tuple[int, ...]:
         return sampled_tasks(self._config.seed, learned, self._config.eval.tasks)

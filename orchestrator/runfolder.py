@@ -28,6 +28,8 @@ from supsup.files import write_atomically
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _EVAL = TypeAdapter(EvalConfig)
+#: The folder of sweeps among the runs.
+SWEEPS = "sweeps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,9 @@ class RunFolder:
         Raises:
             ConfigError: if the name is not fit to be one, or leads out of the runs folder.
         """
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"run name is {_printable(name)}, must be 1 to 64 of A-Z a-z 0-9 . _ - "
-                "with no leading dot"
-            )
+        check_name("run", name)
+        if name == SWEEPS:
+            raise ConfigError(f"run name is {name}, the folder of all sweeps; give another --name")
         self.name = name
         self.path = runs_dir / name
         if self.path.resolve().parent != runs_dir.resolve():
@@ -133,6 +133,19 @@ class RunFolder:
         text = json.dumps(_settings(settings), sort_keys=True)
         short = hashlib.sha256(text.encode()).hexdigest()[:12]
         return self.path / "evaluations" / f"k-{learned:09d}-{short}.json"
+
+
+def check_name(what: str, name: str) -> None:
+    """Check a name that becomes a folder's.
+
+    Raises:
+        ConfigError: if it is not fit for that.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} name is {_printable(name)}, must be 1 to 64 of A-Z a-z 0-9 . _ - "
+            "with no leading dot"
+        )
 
 
 def check_runs_dir(runs_dir: Path) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from orchestrator import report, stream_report
 from orchestrator.blocks import learned_prefix
 from orchestrator.chunks import ChunkedRun
-from orchestrator.cluster import Cluster, check_device, connect, put_data
+from orchestrator.cluster import Cluster, Machine, check_device, connect, put_data
 from orchestrator.coordinator import RunJobs
 from orchestrator.crew import Crew
 from orchestrator.pool import WorkerPool
@@ -92,24 +92,17 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     config = launch.config
     if name is not None:
         config = _like_existing(config, RunFolder(where.runs_dir, name))
-    data = _load(config, launch.data_dir)
+    data = load(config, launch.data_dir)
     if name is not None and not is_auto(config):
         # All that is needed to refuse another configuration, before Ray starts.
         _folder(where.runs_dir, name, launch.recipe, make_manifest(config, data))
     with connect(where.address, where.workers, config.train.device) as cluster:
-        check_device(config.train.device, cluster.machine)
-        machine = cluster.machine
-        config = resolve(
-            config,
-            device=machine.device,
-            native_bf16=machine.native_bf16,
-            sparse=machine.sparse_precisions if mostly_background(data) else (),
-        )
+        config = resolve_on(cluster.machine, config, data)
         manifest = make_manifest(config, data)
         folder = _folder(where.runs_dir, name, launch.recipe, manifest)
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.path):
-            bank = _open_or_create(folder, manifest)
+            bank = open_bank(folder, manifest)
             launch = dataclasses.replace(launch, identity=folder.identity() or launch.identity)
             folder.write_launch(launch)
             bank.discard_leftovers()
@@ -165,7 +158,7 @@ def evaluate(
     else:
         at = _checkpoints_learned(name, config, learned, launch.recipe)
         config = dataclasses.replace(config, tasks=at[-1])
-    data = _load(config, launch.data_dir)
+    data = load(config, launch.data_dir)
     stock = bank.stock()
     again = "begin again with another --name" if config.scenario == "nns" else ""
     repair = again or f"repair with supsup resume {name}"
@@ -374,7 +367,7 @@ class _Task:
             "device": manifest.device,
             "bank": str(self._bank.path.resolve()),
             "workers": str(self._cluster.workers),
-            "mlflow.source.git.commit": _git_commit(),
+            "mlflow.source.git.commit": git_commit(),
             "mlflow.note.content": _note(self._config),
         }
         return params, {key: value for key, value in tags.items() if value}
@@ -400,15 +393,36 @@ def _tracking(folder: RunFolder, store: Store, launch: Launch) -> Iterator[_Trac
         tracking.delivered = tracking.tracker.close(tracking.status)
 
 
-def _load(config: RunConfig, data_dir: str) -> Dataset:
+def load(config: RunConfig, data_dir: str) -> Dataset:
+    """Load a run's data set, and check that the run can be done with it."""
     folder = Path(data_dir) if data_dir else default_data_dir()
     data = load_dataset(config.dataset, folder, config.image_size)
+    check(config, data)
+    return data
+
+
+def check(config: RunConfig, data: Dataset) -> None:
+    """Check that a configuration fits a data set.
+
+    Raises:
+        ConfigError: naming what doesn't.
+    """
     layers_of(config, data)
     if config.scenario == "nns":
         Stream(config, data)
     if config.scenario != "gg":
         check_methods(config.eval.methods, config.model.output_size, data.classes)
-    return data
+
+
+def resolve_on(machine: Machine, config: RunConfig, data: Dataset) -> RunConfig:
+    """Return the configuration with ``auto`` replaced by what the workers are."""
+    check_device(config.train.device, machine)
+    return resolve(
+        config,
+        device=machine.device,
+        native_bf16=machine.native_bf16,
+        sparse=machine.sparse_precisions if mostly_background(data) else (),
+    )
 
 
 def _like_existing(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -451,7 +465,8 @@ def _differences(old: Manifest, new: Manifest) -> str:
     return ", ".join(changed)
 
 
-def _open_or_create(folder: RunFolder, manifest: Manifest) -> Bank:
+def open_bank(folder: RunFolder, manifest: Manifest) -> Bank:
+    """Open a run's bank, or begin it. Hold its lock."""
     if not folder.has_bank:
         return Bank.create(folder.path, manifest)
     bank = Bank.open(folder.path)
@@ -463,7 +478,8 @@ def _open_or_create(folder: RunFolder, manifest: Manifest) -> Bank:
     return bank
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """Return the commit of this platform's code; empty if it isn't known."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:

@@ -152,7 +152,7 @@ class Tracker:
         """
         self._folder = folder
         self._outbox = Outbox(folder)
-        self._sink = _MlflowSink(store, name, identity)
+        self._sink = MlflowSink(store, name, identity)
         self._wake = threading.Event()
         self._closing = False
         self._warned = False
@@ -218,15 +218,27 @@ class Tracker:
         return True
 
 
-class _MlflowSink:
+class MlflowSink:
     """Applies records to one MLflow run, which it finds or creates at the first record."""
 
-    def __init__(self, store: Store, name: str, identity: str) -> None:
+    def __init__(
+        self, store: Store, name: str, identity: str, parent: "MlflowSink | None" = None
+    ) -> None:
+        """Name the MLflow run, and that which it is shown under."""
         self._store, self._name, self._identity = store, name, identity
+        self._parent = parent
         self._client: Any = None
         self._run_id = ""
 
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run, found or created now if need be."""
+        if self._client is None:
+            self._connect()
+        return self._run_id
+
     def apply(self, record: Mapping[str, Any], folder: Path) -> None:
+        """Send a record of the outbox in that folder."""
         if self._client is None:
             self._connect()
         getattr(self, f"_{record['kind']}")(record, folder)
@@ -245,6 +257,8 @@ class _MlflowSink:
             self._run_id = found[0].info.run_id
         else:
             tags = {IDENTITY_TAG: self._identity}
+            if self._parent is not None:
+                tags["mlflow.parentRunId"] = self._parent.run_id
             created = client.create_run(experiment, tags=tags, run_name=self._name)
             self._run_id = created.info.run_id
         self._client = client
@@ -263,8 +277,10 @@ class _MlflowSink:
         self._client.log_batch(self._run_id, params=params)
 
     def _tags(self, record: Mapping[str, Any], folder: Path) -> None:
-        for key, value in record["values"].items():
-            self._client.set_tag(self._run_id, key, value)
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, value) for key, value in record["values"].items()]
+        self._client.log_batch(self._run_id, tags=tags)
 
     def _metrics(self, record: Mapping[str, Any], folder: Path) -> None:
         from mlflow.entities import Metric

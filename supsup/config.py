@@ -262,10 +262,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS and not re.fullmatch(r"images:[^\x00-\x1f]+", self.dataset):
-            near = _near(self.dataset, DATASETS)
             raise ValueError(
                 f"dataset is {self.dataset!r}, must be one of {', '.join(DATASETS)} "
-                f"or images:DIR{near}"
+                f"or images:DIR{near(self.dataset, DATASETS)}"
             )
 
 
@@ -419,7 +418,8 @@ def from_dict(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error.errors()[0])) from None
+        fields = {info.path: info.choices for info in config_fields()}
+        raise ConfigError(explain(error.errors()[0], fields)) from None
 
 
 _ADAPTER = TypeAdapter(RunConfig)
@@ -439,33 +439,34 @@ _RULES = {
 }
 
 
-def _one_line(error: ErrorDetails) -> str:
-    """Say value, rule and remedy of one failed check."""
+def explain(error: ErrorDetails, fields: Mapping[str, tuple[str, ...]]) -> str:
+    """Say value, rule and remedy of one failed check; ``fields`` has the choices of each field."""
     path = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
-    known = [info.path for info in config_fields()]
     context = error.get("ctx", {})
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown field {path}{_near(path, known)}"
+        return f"unknown field {path}{near(path, fields)}"
     if error["type"] == "value_error":
         prefix = f"{path}." if path else ""
         return prefix + str(context["error"])
-    value = _shown(error["input"])
+    value = shown(error["input"])
     if error["type"] == "literal_error":
-        choices = next((info.choices for info in config_fields() if info.path == path), ())
-        near = _near(str(error["input"]), choices)
-        return f"{path} is {value}, must be one of {', '.join(choices)}{near}"
+        choices = fields.get(path, ())
+        meant = near(str(error["input"]), choices)
+        return f"{path} is {value}, must be one of {', '.join(choices)}{meant}"
     rule = _RULES.get(error["type"], error["msg"]).format(**context)
     return f"{path} is {value}, {rule}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: short, on one line."""
     text = repr(value)
     if isinstance(value, str) and re.fullmatch(r"[-+.\w]+", value):
         text = value
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def near(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the word meant, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
