@@ -25,8 +25,8 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_every_word_that_the_readme_tells_to_type_exists():
-    from orchestrator.cli import cli
     from supsup.config import RECIPES
+    from sweeps.cli import cli
 
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"^(?:\.venv/bin/)?supsup (\S+)", text, re.MULTILINE)

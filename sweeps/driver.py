@@ -1,0 +1,383 @@
+"""The driver: several trials at the same time over one pool of workers.
+
+``SweepJobs`` is the source of the pool's jobs. Each trial is a ``RunJobs`` on an ordinary run
+folder; the next job is of the trial with the fewest at work, so that all go on alike and no
+worker idles. Trials of one bank take turns: what one has trained, the next finds there.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from orchestrator.cluster import Cluster
+from orchestrator.coordinator import RunJobs
+from orchestrator.pool import Failure, Job
+from orchestrator.report import label
+from orchestrator.worker import THREADS, WorkerSetup
+from supsup.config import RunConfig
+from supsup.errors import RunFailed, UserError, one_line
+from sweeps.spec import SweepSpec
+from sweeps.study import Curve, SweepStudy, Trial
+from sweeps.worker import RemoteSweepWorker
+
+
+class Tracks(Protocol):
+    """What a trial's tracker does here."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics."""
+
+    def close(self, status: str, tags: Mapping[str, str]) -> None:
+        """Record the end."""
+
+
+class Progress(Protocol):
+    """Where a sweep tells how far it is."""
+
+    def began(self) -> None:
+        """Count a trial that is running now."""
+
+    def ended(self, state: str, text: str, best: str) -> None:
+        """Count a trial that ended, and say how."""
+
+    def trained(self, tasks: int) -> None:
+        """Count tasks trained."""
+
+    def note(self, text: str) -> None:
+        """Say something that should stay visible."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A trial whose configuration is known and checked."""
+
+    trial: Trial
+    config: RunConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a trial works with, once its bank is open and locked."""
+
+    jobs: RunJobs
+    setup: WorkerSetup
+    data: Any
+    """Reference of the data set."""
+
+
+class Prepares(Protocol):
+    """What turns trials into runs."""
+
+    def ready(self, trial: Trial) -> Ready:
+        """Return a trial's configuration; raises UserError if it can't be run."""
+
+    def tracker(self, ready: Ready) -> Tracks:
+        """Begin to track a trial."""
+
+    def open(self, ready: Ready, ears: "Ears", stack: contextlib.ExitStack) -> Opened:
+        """Open a trial's bank, locked until the stack ends."""
+
+
+class Ears:
+    """Hears what a trial's ``RunJobs`` tells: metrics of a checkpoint, progress, notes."""
+
+    def __init__(
+        self,
+        ready: Ready,
+        tracker: Tracks,
+        progress: Progress,
+        prune: Callable[[int, float], bool],
+    ) -> None:
+        """Pass on metrics to the tracker, notes to the progress.
+
+        Args:
+            ready: the trial.
+            tracker: where its metrics go.
+            progress: where the sweep's progress goes.
+            prune: told of accuracies at numbers of tasks learned; says whether that is poor.
+        """
+        self._ready, self._tracker, self._progress = ready, tracker, progress
+        self._prune = prune
+        self._summary_follows = False
+        self.curve: Curve = {}
+        self.pruned_at: int | None = None
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Keep the accuracies at a checkpoint."""
+        self._tracker.metrics(values, step)
+        self._summary_follows = True
+        point = measured(self._ready.config, values)
+        self.curve[step] = point
+        poor = self._prune(step, point["accuracy"])
+        if poor and step < self._ready.config.tasks and self.pruned_at is None:
+            self.pruned_at = step
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin to count something."""
+
+    def advance(self, what: str, by: int) -> None:
+        """Count on."""
+        if what == "tasks trained":
+            self._progress.trained(by)
+
+    def note(self, text: str) -> None:
+        """Pass on what should stay visible: not a checkpoint's summary, there are too many."""
+        if not self._summary_follows:
+            self._progress.note(f"trial {self._ready.trial.number}: {text}")
+        self._summary_follows = False
+
+
+def measured(config: RunConfig, values: Mapping[str, float]) -> dict[str, float]:
+    """Return the measures of a checkpoint by names that all scenarios share."""
+    scenario, first = config.scenario, label(config.eval.methods[0], config.eval)
+    point = {
+        "accuracy": values.get(f"{scenario}/accuracy", math.nan),
+        "task_accuracy": values.get(f"{scenario}/task_accuracy/{first}", math.nan),
+        "gg_accuracy": values["gg/accuracy"],
+        "bytes": values["bank/bytes"],
+    }
+    return {name: value for name, value in point.items() if not math.isnan(value)}
+
+
+@dataclass(eq=False)
+class _Active:
+    ready: Ready
+    ears: Ears
+    tracker: Tracks
+    opened: Opened
+    stack: contextlib.ExitStack
+    running: int = 0
+    problem: str = ""
+
+    @property
+    def jobs(self) -> RunJobs:
+        return self.opened.jobs
+
+
+@dataclass
+class Tally:
+    """What a driver has done."""
+
+    trained: int = 0
+    ended: dict[str, int] = field(default_factory=dict)
+
+
+class SweepJobs:
+    """The jobs of all trials that are running."""
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        study: SweepStudy,
+        prepares: Prepares,
+        progress: Progress,
+        concurrency: int,
+        may_start: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Begin with no trial.
+
+        Args:
+            spec: the sweep.
+            study: its trials.
+            prepares: turns trials into runs.
+            progress: where progress goes.
+            concurrency: trials at the same time, at most.
+            may_start: whether another trial may still start.
+        """
+        self.tally = Tally()
+        self._spec, self._study, self._prepares = spec, study, prepares
+        self._progress, self._concurrency, self._may_start = progress, concurrency, may_start
+        self._active: list[_Active] = []
+        self._held: list[Ready] = []
+        self._of: dict[Any, tuple[_Active, Job]] = {}
+        self._returned: list[Job] = []
+        self._best: tuple[float, int] | None = None
+
+    # --- JobSource -----------------------------------------------------------------------------
+
+    def left(self) -> int:
+        """Return how many jobs can start now, at least about."""
+        return len(self._returned) + sum(active.jobs.left() for active in self._active)
+
+    def next_job(self) -> Job | None:
+        """Return a job of the trial with the fewest at work."""
+        if self._returned:
+            return self._returned.pop()
+        while True:
+            while len(self._active) < self._concurrency and self._start():
+                pass
+            job, ended = self._pick()
+            if job is not None or not ended:
+                return job
+
+    def give_back(self, job: Job) -> None:
+        """Take a job back that was not started."""
+        self._returned.append(job)
+
+    def done(self, job: Job, result: Any) -> None:
+        """Hand a result to its trial, whose bank stores it."""
+        active, inner = self._of.pop(job.tag)
+        active.running -= 1
+        before = active.jobs.trained
+        try:
+            active.jobs.done(inner, result)
+        except (UserError, RunFailed) as error:
+            active.problem = active.problem or str(error)
+        self.tally.trained += active.jobs.trained - before
+        if active.ears.pruned_at is not None or active.problem:
+            active.jobs.drop_rest()
+        self._study.sign()
+
+    def failed(self, job: Job, failure: Failure) -> None:
+        """End a trial of which a job is given up: its checkpoints can't be reached any more."""
+        active, inner = self._of.pop(job.tag)
+        active.running -= 1
+        active.jobs.failed(inner, failure)
+        active.jobs.drop_rest()
+
+    def retrying(self, job: Job, failure: Failure) -> None:
+        """Say that a job is tried again."""
+        active, inner = self._of[job.tag]
+        active.jobs.retrying(inner, failure)
+
+    def close(self) -> None:
+        """Leave the trials that run to whoever resumes the sweep."""
+        for active in self._active:
+            active.tracker.close("KILLED", {"state": "interrupted"})
+            active.stack.close()
+        self._active = []
+
+    # --- trials --------------------------------------------------------------------------------
+
+    def _pick(self) -> tuple[Job | None, bool]:
+        """Return a job, if there is one, and whether a trial ended."""
+        ended = False
+        for active in sorted(self._active, key=lambda active: active.running):
+            job = active.jobs.next_job()
+            if job is not None:
+                return self._wrapped(active, job), ended
+            if not active.running:
+                self._end(active)
+                ended = True
+        return None, ended
+
+    def _wrapped(self, active: _Active, job: Job) -> Job:
+        active.running += 1
+        opened = active.opened
+        tag = (active.ready.trial.number, job.tag)
+        self._of[tag] = active, job
+        return Job(job.method, (opened.setup, opened.data, *job.args), tag)
+
+    def _start(self) -> bool:
+        """Start a trial; say whether there was one to start."""
+        busy = {active.ready.fingerprint for active in self._active}
+        for ready in self._held:
+            if ready.fingerprint not in busy:
+                self._held.remove(ready)
+                self._open(ready)
+                return True
+        while len(self._held) < self._concurrency and self._may_start():
+            trial = self._study.next()
+            if trial is None:
+                return False
+            self._progress.began()
+            prepared = self._ready(trial)
+            if prepared is not None and prepared.fingerprint in busy:
+                self._held.append(prepared)
+                continue
+            if prepared is not None:
+                self._open(prepared)
+            return True
+        return False
+
+    def _ready(self, trial: Trial) -> Ready | None:
+        try:
+            return self._prepares.ready(trial)
+        except UserError as error:
+            self._finish(trial, "failed", {}, reason=one_line(error, 500))
+            return None
+
+    def _open(self, ready: Ready) -> None:
+        number = ready.trial.number
+        self._study.note(number, "fingerprint", ready.fingerprint)
+        tracker = self._prepares.tracker(ready)
+        ears = Ears(
+            ready,
+            tracker,
+            self._progress,
+            lambda step, value: self._study.should_prune(number, step, value),
+        )
+        stack = contextlib.ExitStack()
+        try:
+            opened = self._prepares.open(ready, ears, stack)
+        except (UserError, RunFailed) as error:
+            stack.close()
+            reason = one_line(error, 500)
+            tracker.close("FAILED", {"state": "failed", "reason": reason})
+            self._finish(ready.trial, "failed", {}, reason=reason)
+            return
+        if ears.pruned_at is not None:
+            opened.jobs.drop_rest()
+        self._active.append(_Active(ready, ears, tracker, opened, stack))
+
+    def _end(self, active: _Active) -> None:
+        self._active.remove(active)
+        active.stack.close()
+        curve, config = active.ears.curve, active.ready.config
+        problem = active.problem or next(iter(active.jobs.failures), "")
+        last = curve.get(config.tasks, {})
+        names = self._spec.search.objectives if self._spec.search else ("accuracy",)
+        values = [last.get(name, math.nan) for name in names]
+        state, reason = outcome(
+            problem, active.ears.pruned_at, dict(zip(names, values, strict=True))
+        )
+        status = {"failed": "FAILED"}.get(state, "FINISHED")
+        tags = {"state": state, "reason": reason} if reason else {"state": state}
+        active.tracker.close(status, tags)
+        self._finish(active.ready.trial, state, curve, values, reason)
+
+    def _finish(
+        self,
+        trial: Trial,
+        state: Any,
+        curve: Curve,
+        values: list[float] | None = None,
+        reason: str = "",
+    ) -> None:
+        self._study.finish(trial.number, state, curve, values or (), reason)
+        self.tally.ended[state] = self.tally.ended.get(state, 0) + 1
+        if state == "done" and values:
+            self._best = max(self._best or (-1.0, 0), (values[0], trial.number))
+        best = f"trial {self._best[1]}, {100 * self._best[0]:.2f} %" if self._best else ""
+        self._progress.ended(state, _line(trial, state, values, reason), best)
+
+
+def outcome(
+    problem: str, pruned_at: int | None, objectives: Mapping[str, float]
+) -> tuple[str, str]:
+    """Return the state in which a trial ends, and the reason if it isn't done."""
+    if problem:
+        return "failed", problem
+    if pruned_at is not None:
+        return "pruned", f"poor after {pruned_at} tasks"
+    for name, value in objectives.items():
+        if not math.isfinite(value):
+            return "failed", f"{name} is {value}, must be finite"
+    return "done", ""
+
+
+def _line(trial: Trial, state: str, values: list[float] | None, reason: str) -> str:
+    arm = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in trial.values.items())
+    shown = f" {100 * values[0]:.2f} %" if values and state == "done" else ""
+    why = f": {reason}" if reason else ""
+    return f"trial {trial.number} ({arm}, seed {trial.seed}) {state}{shown}{why}"
+
+
+def start_worker(cluster: Cluster, keep: int) -> Any:
+    """Start one worker actor that keeps so many runs."""
+    gpus = 1 if cluster.machine.device == "cuda" else 0
+    options = RemoteSweepWorker.options(num_cpus=THREADS, num_gpus=gpus, max_restarts=0)
+    return options.remote(keep)

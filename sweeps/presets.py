@@ -1,0 +1,133 @@
+"""Ready-made sweeps: the figures of the paper that these nets cover, and ablations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from supsup.config import near
+from supsup.errors import ConfigError
+from sweeps.spec import SweepSpec, spec_of
+
+_H_AND_G = ["h-one-shot", "g-one-shot"]
+_FC = {"model.name": "fc-1024-1024"}
+
+#: By name: what the full sweep is. A figure is drawn as the paper's protocol has it, but one image
+#: per decision of a sample of test images, instead of one decision per batch of all of them.
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fig3-lenet": {
+        "protocol": "paper",
+        "base": {"tasks": 250, "model.output_size": 100, "eval.group": 0, "eval.images": 100},
+        "seeds": [0, 1, 2],
+        "grid": {"eval.methods": _H_AND_G},
+    },
+    "fig3-fc": {
+        "protocol": "paper",
+        "base": {
+            "tasks": 250, "model.output_size": 100, "eval.group": 0, "eval.images": 100, **_FC,
+        },
+        "seeds": [0, 1, 2],
+        "grid": {"eval.methods": _H_AND_G},
+    },
+    "fig4": {
+        "protocol": "paper",
+        "base": {
+            "tasks": 2500, "model.output_size": 500, "eval.group": 0, "eval.images": 8,
+        },
+        "seeds": [0],
+        "grid": {"eval.methods": _H_AND_G, "scenario": ["gnu", "gns"]},
+    },
+    "fig6-lenet": {
+        "protocol": "paper",
+        "base": {"tasks": 250, "eval.group": 0, "eval.images": 100},
+        "seeds": [0, 1],
+        "grid": {"model.output_size": [25, 100, 200, 500], "eval.methods": _H_AND_G},
+    },
+    "fig6-fc": {
+        "protocol": "paper",
+        "base": {"tasks": 250, "eval.group": 0, "eval.images": 100, **_FC},
+        "seeds": [0, 1],
+        "grid": {"model.output_size": [25, 100, 200, 500], "eval.methods": _H_AND_G},
+    },
+    "objective-algorithm": {
+        "base": {"tasks": 250, "model.output_size": 500, "eval.images": 20, "eval.tasks": 100},
+        "seeds": [0, 1],
+        "grid": {
+            "eval.methods": [
+                "h-one-shot", "g-one-shot", "h-shortlist", "g-shortlist", "h-sketch", "g-sketch",
+                "h-binary", "g-binary", "h-gradient-descent", "h-all-masks",
+            ]
+        },
+    },
+    "images-per-decision": {
+        "base": {"tasks": 250, "model.output_size": 100, "eval.images": 128, "eval.tasks": 100},
+        "seeds": [0, 1],
+        "grid": {
+            "eval.batch": [1, 2, 4, 8, 16, 128],
+            "eval.methods": _H_AND_G,
+        },
+    },
+    "learning-rate-schedule": {
+        "base": {"tasks": 50, "model.output_size": 500, "eval.images": 100},
+        "seeds": [0, 1],
+        "grid": {
+            "train.learning_rate": [1e-4, 2e-4, 5e-4, 1e-3, 2e-3],
+            "train.schedule": ["constant", "linear"],
+        },
+    },
+    "shortlist-length": {
+        "base": {
+            "tasks": 250, "model.output_size": 500, "eval.methods": "h-shortlist",
+            "eval.images": 20, "eval.tasks": 100,
+        },
+        "seeds": [0, 1],
+        "grid": {"eval.shortlist": [1, 2, 4, 8, 16, 32, 64]},
+    },
+    "width": {
+        "base": {"tasks": 50, "eval.images": 100},
+        "seeds": [0, 1],
+        "grid": {
+            "model.name": ["lenet-300-100", "fc-1024-1024"],
+            "model.output_size": [100, 500],
+        },
+    },
+}  # fmt: skip
+NAMES = tuple(_PRESETS)
+
+#: What ``--quick`` puts in the place of the full size.
+_QUICK: Mapping[str, Any] = {
+    "tasks": 20,
+    "train.batches": 100,
+    "train.learning_rate": 2e-3,
+    "eval.images": 16,
+    "eval.tasks": 0,
+}
+_QUICK_VALUES: Mapping[str, list[Any]] = {
+    "model.output_size": [25, 100],
+    "model.name": ["lenet-300-100"],
+    "train.learning_rate": [5e-4, 2e-3],
+    "eval.batch": [1, 4, 16],
+    "eval.shortlist": [1, 4, 16],
+}
+
+
+def preset(name: str, quick: bool = False) -> SweepSpec:
+    """Return a preset; ``quick``: on the embedded digits, in a minute or so.
+
+    Raises:
+        ConfigError: if there is none of this name.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(
+            f"there is no preset {name!r}{near(name, _PRESETS)} (presets: {', '.join(_PRESETS)})"
+        )
+    tree = {"name": name, "recipe": "permuted-mnist", **_PRESETS[name]}
+    if quick:
+        grid = {path: _QUICK_VALUES.get(path, values) for path, values in tree["grid"].items()}
+        settings = {path: value for path, value in _QUICK.items() if path not in grid}
+        tree |= {
+            "name": f"{name}-quick",
+            "recipe": "permuted-digits",
+            "base": {**tree["base"], **settings},
+            "seeds": tree["seeds"][:2],
+            "grid": grid,
+        }
+    return spec_of(tree)

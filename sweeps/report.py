@@ -1,0 +1,261 @@
+"""What a sweep shows: tables of arms, paired differences, and pictures, from its study alone."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from rich.table import Table
+
+from orchestrator.report import as_csv, as_png, axis_scale, limits, spread_ticks
+from supsup.files import write_atomically
+from sweeps.compare import Arm, Estimate, arms, differences, final, overall
+from sweeps.spec import OBJECTIVES, SweepSpec
+from sweeps.study import Record
+
+#: Measures in the tables: heading, factor, digits.
+_MEASURES = {
+    "accuracy": ("accuracy, %", 100, 2),
+    "task_accuracy": ("task found, %", 100, 2),
+    "gg_accuracy": ("GG, %", 100, 2),
+    "bytes": ("bank, MB", 1e-6, 2),
+}
+#: Arms of a search in its table, and lines in a picture, the best ones.
+_MOST_ROWS, _MOST_LINES = 20, 12
+
+
+def write(
+    spec: SweepSpec, records: Sequence[Record], study: optuna.Study, folder: Path
+) -> list[Path]:
+    """Write tables and pictures into a folder; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = ranked(spec, arms(records))
+    contents = {
+        "comparison.md": _markdown(spec, found, records).encode(),
+        "comparison.csv": as_csv(_comparison_rows(found)),
+        "trials.csv": as_csv(_trial_rows(spec, records)),
+    }
+    if found:
+        contents["accuracy.png"] = _picture(spec, found[:_MOST_LINES])
+    if spec.search:
+        contents |= _search_pictures(spec, study)
+    written = []
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+        written.append(folder / name)
+    return written
+
+
+def ranked(spec: SweepSpec, found: Sequence[Arm]) -> list[Arm]:
+    """Return the arms of a grid as they are, those of a search from the best on."""
+    if spec.search is None:
+        order = list(spec.arms())
+        return sorted(found, key=lambda arm: order.index(arm.values))
+    first = spec.search.objectives[0]
+    sign = -1 if OBJECTIVES[first] == "maximize" else 1
+    return sorted(found, key=lambda arm: sign * overall(arm, first).mean)
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def table(spec: SweepSpec, records: Sequence[Record]) -> Table:
+    """Return the comparison as a table for a terminal."""
+    found = ranked(spec, arms(records))
+    shown = Table(title=f"sweep {spec.name}: mean over seeds ± 95 % interval")
+    for heading in _headings(found):
+        shown.add_column(heading, justify="left" if heading == "arm" else "right")
+    for row in _rows(found[:_MOST_ROWS] if spec.search else found):
+        shown.add_row(*row)
+    if spec.search and len(found) > _MOST_ROWS:
+        shown.caption = f"the best {_MOST_ROWS} of {len(found)}"
+    return shown
+
+
+def _shown_measures(found: Sequence[Arm]) -> list[str]:
+    return [
+        name for name in _MEASURES if any(not math.isnan(overall(arm, name).mean) for arm in found)
+    ]
+
+
+def _headings(found: Sequence[Arm]) -> list[str]:
+    return ["arm", "seeds", *(_MEASURES[name][0] for name in _shown_measures(found))]
+
+
+def _rows(found: Sequence[Arm]) -> list[list[str]]:
+    names = _shown_measures(found)
+    return [
+        [
+            arm.label,
+            str(len(arm.by_seed)),
+            *(as_text(overall(arm, name), *_MEASURES[name][1:]) for name in names),
+        ]
+        for arm in found
+    ]
+
+
+def as_text(value: Estimate, factor: float = 1, digits: int = 2, signed: bool = False) -> str:
+    """Return ``mean ± half-width``, the latter only where there is one."""
+    sign = "+" if signed else ""
+    mean = f"{factor * value.mean:{sign}.{digits}f}"
+    if math.isnan(value.half_width) or not value.half_width:
+        return mean
+    return f"{mean} ± {factor * value.half_width:.{digits}f}"
+
+
+def _markdown(spec: SweepSpec, found: Sequence[Arm], records: Sequence[Record]) -> str:
+    parts = [
+        f"# Sweep {spec.name}",
+        f"{spec.recipe}, protocol {spec.protocol}, seeds {', '.join(map(str, spec.seeds))}. "
+        "Means over seeds ± 95 % interval (t distribution), after all tasks.",
+        _as_markdown(_headings(found), _rows(found)),
+    ]
+    if spec.search is None and (rows := _difference_rows(found)):
+        parts += ["## Accuracy against the best arm, paired by seed, in points", rows]
+    ended = [r for r in records if r.state in ("failed", "pruned")]
+    if ended:
+        lines = [f"- trial {r.number}, seed {r.seed}, {r.state}: {r.reason}" for r in ended]
+        parts += ["## Not done", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _difference_rows(found: Sequence[Arm]) -> str:
+    rows = [
+        [d.arm, d.than, str(d.estimate.n), as_text(d.estimate, 100, 2, signed=True)]
+        for d in differences(found, "accuracy")
+        if d.estimate.n
+    ]
+    return _as_markdown(["arm", "than", "seeds", "difference"], rows) if rows else ""
+
+
+def _as_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _comparison_rows(found: Sequence[Arm]) -> list[list[object]]:
+    names = _shown_measures(found)
+    header: list[object] = ["arm", "seeds"]
+    for name in names:
+        header += [name, f"{name} ±95"]
+    header += ["accuracy against the best arm", "± 95 of the difference"]
+    against = {d.arm: d.estimate for d in differences(found, "accuracy")}
+    rows: list[list[object]] = [header]
+    for arm in found:
+        row: list[object] = [arm.label, len(arm.by_seed)]
+        for value in (overall(arm, name) for name in names):
+            row += [f"{value.mean:.6f}", f"{value.half_width:.6f}"]
+        difference = against.get(arm.label)
+        row += (
+            [f"{difference.mean:.6f}", f"{difference.half_width:.6f}"] if difference else ["", ""]
+        )
+        rows.append(row)
+    return rows
+
+
+def _trial_rows(spec: SweepSpec, records: Sequence[Record]) -> list[list[object]]:
+    rows: list[list[object]] = [
+        ["trial", "state", "seed", *spec.varied, *_MEASURES, "seconds", "fingerprint", "reason"]
+    ]
+    for r in records:
+        measures = [final(r, name) for name in _MEASURES]
+        values = [r.values.get(path, "") for path in spec.varied]
+        seconds = "" if r.seconds is None else f"{r.seconds:.1f}"
+        shown = ["" if math.isnan(x) else f"{x:.6f}" for x in measures]
+        rows.append(
+            [r.number, r.state, r.seed, *values, *shown, seconds, r.fingerprint[:16], r.reason]
+        )
+    return rows
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def _picture(spec: SweepSpec, found: Sequence[Arm]) -> bytes:
+    """Accuracy against tasks learned: a line an arm, a band from the worst to the best seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    curves, learned = [], set()
+    for arm, marker in zip(found, itertools.cycle("os^Dv<>P"), strict=False):
+        steps, low, mean, high = _band(arm)
+        (line,) = axes.plot(steps, mean, marker=marker, markersize=4, label=arm.label)
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        curves += [low, high]
+        learned |= set(steps)
+    ticks = sorted(learned)
+    scale = axis_scale(ticks)
+    axes.set_xscale(scale)
+    shown = spread_ticks(ticks, scale)
+    axes.set_xticks(shown, [f"{k:,}" for k in shown])
+    axes.minorticks_off()
+    axes.set_ylim(*limits(curves))
+    seeds = max(len(arm.by_seed) for arm in found)
+    band = f"; band: lowest to highest of {seeds} seeds" if seeds > 1 else ""
+    axes.set_xlabel(f"tasks learned{band}")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(spec.name)
+    axes.grid(visible=True, alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return as_png(figure)
+
+
+def _band(arm: Arm) -> tuple[list[int], Any, Any, Any]:
+    """Return the checkpoints that all seeds reached, and lowest, mean, highest accuracy in %."""
+    curves = [record.curve for record in arm.by_seed.values()]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values_SK = 100 * np.array([[curve[k]["accuracy"] for k in steps] for curve in curves])
+    return steps, values_SK.min(0), values_SK.mean(0), values_SK.max(0)
+
+
+def _search_pictures(spec: SweepSpec, study: optuna.Study) -> Mapping[str, bytes]:
+    """Return Optuna's own pictures of a search, those that its trials are enough for."""
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    search = spec.search
+    if search is None:
+        return {}
+    first: dict[str, Any] = {"target_name": search.objectives[0]}
+    if len(search.objectives) > 1:
+        first["target"] = lambda trial: trial.values[0]
+    wanted: dict[str, Callable[[], Any]] = {
+        "parallel-coordinates.png": lambda: plots.plot_parallel_coordinate(study, **first),
+        "importance.png": lambda: plots.plot_param_importances(study, **first),
+    }
+    if len(search.objectives) in (2, 3):
+        names: list[str] = list(search.objectives)
+        wanted["pareto.png"] = lambda: plots.plot_pareto_front(study, target_names=names)
+    pictures = {}
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    for name, draw in wanted.items() if len(done) > 1 else ():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                draw()
+            except (ValueError, RuntimeError):
+                # Trials that are all alike have no importances.
+                continue
+            figure = pyplot.gcf()
+            figure.set_size_inches(9, 5.5)
+            pictures[name] = as_png(figure)
+            pyplot.close(figure)
+    return pictures
+
+
+def parent_metrics(spec: SweepSpec, records: Sequence[Record]) -> dict[str, float]:
+    """Return the few metrics that the sweep itself has in MLflow."""
+    found = arms(records)
+    values = {
+        f"trials/{state}": float(sum(r.state == state for r in records))
+        for state in ("done", "pruned", "failed")
+    }
+    if found:
+        best = max(found, key=lambda arm: overall(arm, "accuracy").mean)
+        values["best/accuracy"] = overall(best, "accuracy").mean
+    return values

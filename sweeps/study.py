@@ -1,0 +1,481 @@
+"""The study of a sweep: which trials there are and what became of them, in Optuna's storage.
+
+One driver process asks and tells. The embedded storage is a journal file in the sweep's folder,
+held by one driver at a time; a database may be shared by several, and each leaves a lease on the
+trials that it runs. A trial whose driver is gone is *adopted*: it goes on under its number, so
+that none is lost, none is done twice, and none stays running.
+"""
+
+import os
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from supsup.config import get_field
+from supsup.errors import ConfigError, one_line
+from supsup.seeding import derive_seed
+from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, differences, spec_of, to_tree
+
+JOURNAL = "study.journal"
+_SEED = "seed"
+#: Seconds without a sign of a driver on another host, after which its trials are adopted.
+_SILENT_SECONDS = 3600.0
+#: Seconds between two signs of this driver.
+_SIGN_SECONDS = 30.0
+#: Seconds in which a driver that took a trial writes its lease.
+_LEASE_SECONDS = 60.0
+#: Accuracies by trial: {tasks learned: {metric: value}}.
+Curve = dict[int, dict[str, float]]
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A trial to do."""
+
+    number: int
+    values: Mapping[str, Any]
+    seed: int
+    adopted: bool
+    """Whether another driver began it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a trial."""
+
+    number: int
+    state: Literal["waiting", "running", "done", "pruned", "failed"]
+    values: Mapping[str, Any]
+    seed: int
+    curve: Curve
+    objectives: tuple[float, ...]
+    reason: str
+    fingerprint: str
+    seconds: float | None
+
+
+# --- storage ---------------------------------------------------------------------------------
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """Open a database, or the journal in a sweep's folder.
+
+    Raises:
+        ConfigError: if the database can't be used; never shows a password.
+    """
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    check_storage(url)
+    pool = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        return RDBStorage(url, engine_kwargs=pool)
+    except ImportError as error:
+        raise ConfigError(
+            f"storage {public(url)} needs the driver {error.name or one_line(error)}, "
+            "which isn't installed; install it beside supsup"
+        ) from None
+    except (SQLAlchemyError, UnicodeError, RuntimeError, ValueError) as error:
+        secret = make_url(url).password
+        said = one_line(error)
+        said = said.replace(str(secret), "***") if secret else said
+        raise ConfigError(f"storage {public(url)} can't be used: {said}") from None
+
+
+def check_storage(url: str) -> None:
+    """Check a storage's address, without connecting.
+
+    Raises:
+        ConfigError: naming what is wrong; never shows a password.
+    """
+    try:
+        parsed = make_url(url)
+        _ = parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise ConfigError(
+            "the storage must be postgresql://USER@HOST:PORT/DATABASE or sqlite:////PATH, with "
+            "@ and % in a password written as %40 and %25"
+        ) from None
+    except ImportError:
+        return  # Said with its name when it is opened.
+    if parsed.get_backend_name() not in ("postgresql", "sqlite"):
+        raise ConfigError(
+            f"storage {public(url)} is {parsed.get_backend_name()}, must be postgresql or sqlite"
+        )
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite(Path(parsed.database or ""))
+
+
+def _check_sqlite(path: Path) -> None:
+    if not path.is_absolute():
+        raise ConfigError(f"the storage's path is {str(path)!r}, must be absolute: sqlite:////PATH")
+    if not path.parent.is_dir():
+        raise ConfigError(f"the storage's folder {path.parent} doesn't exist; create it")
+    if path.is_dir() or (path.exists() and not _looks_like_sqlite(path)):
+        raise ConfigError(f"the storage's file {path} is no SQLite database; give another")
+
+
+def _looks_like_sqlite(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6) in (b"", b"SQLite")
+
+
+def public(url: str) -> str:
+    """Return a storage's address without its password."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def repair(folder: Path) -> None:
+    """Cut off what a killed driver left: half a line, and the lock that it wrote under.
+
+    Hold the sweep's lock.
+    """
+    journal = folder / JOURNAL
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(journal, whole)
+
+
+# --- leases ----------------------------------------------------------------------------------
+
+
+def my_lease() -> dict[str, Any]:
+    """Return what says who runs a trial."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "began": _process_start(os.getpid())}
+
+
+def is_alive(lease: Mapping[str, Any], host: str, last_sign: float, now: float) -> bool:
+    """Say whether a driver still runs: by its process here, by its signs elsewhere."""
+    if lease.get("host") == host:
+        return _process_start(int(lease["pid"])) == str(lease["began"])
+    return now - last_sign < _SILENT_SECONDS
+
+
+def _process_start(pid: int) -> str:
+    """Return when a process began, in clock ticks since boot; empty if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[19]
+
+
+def _lease_name(lease: Mapping[str, Any]) -> str:
+    return f"driver {lease['host']} {lease['pid']} {lease['began']}"
+
+
+# --- policy ----------------------------------------------------------------------------------
+
+
+def missing(wanted: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return the trials of a grid, as parameters, that must be enqueued: new ones and failed."""
+    settled = {
+        _key({**record.values, _SEED: record.seed})
+        for record in records
+        if record.state != "failed"
+    }
+    return [dict(params) for params in wanted if _key(params) not in settled]
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Return the records without the failures that were tried again later."""
+    newest = {_key({**record.values, _SEED: record.seed}): record for record in records}
+    return [
+        record
+        for record in records
+        if record.state != "failed" or newest[_key({**record.values, _SEED: record.seed})] is record
+    ]
+
+
+def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(params.items()))
+
+
+def distributions(spec: SweepSpec) -> dict[str, BaseDistribution]:
+    """Return what a trial's parameters may be."""
+    if spec.search is None:
+        grid = {path: CategoricalDistribution(values) for path, values in spec.grid.items()}
+        return {**grid, _SEED: IntDistribution(0, MAX_SEED - 1)}
+    found: dict[str, BaseDistribution] = {}
+    for path, x in spec.search.space.items():
+        if x.choices is not None:
+            found[path] = CategoricalDistribution(x.choices)
+            continue
+        low, high = x.low or 0.0, x.high or 0.0
+        if isinstance(get_field(spec.config({}, spec.seeds[0]), path), int):
+            step = int(x.step or 1)
+            found[path] = IntDistribution(int(low), int(high), log=x.log, step=step)
+        else:
+            found[path] = FloatDistribution(low, high, log=x.log, step=x.step)
+    return found
+
+
+def _sampler(spec: SweepSpec, trials: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler; resumed with the same seed, it would repeat its draws."""
+    seed = derive_seed(spec.seeds[0], "sampler", trials) % 2**32
+    if spec.search is None or spec.search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def _pruner(spec: SweepSpec, checkpoints: Sequence[int]) -> optuna.pruners.BasePruner:
+    name = spec.search.pruner if spec.search and spec.search.pruned else "none"
+    if name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=checkpoints[0], reduction_factor=2
+        )
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(
+            min_resource=checkpoints[0], max_resource=checkpoints[-1], reduction_factor=2
+        )
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4)
+    return optuna.pruners.NopPruner()
+
+
+# --- the study -------------------------------------------------------------------------------
+
+
+class SweepStudy:
+    """The trials of one sweep."""
+
+    def __init__(
+        self, spec: SweepSpec, storage: BaseStorage, checkpoints: Sequence[int], shared: bool
+    ) -> None:
+        """Open the study, or begin it.
+
+        Args:
+            spec: the sweep.
+            storage: where the study is.
+            checkpoints: numbers of tasks learned at which a trial reports.
+            shared: whether other drivers may run trials of the study now.
+
+        Raises:
+            ConfigError: if the study is of another sweep; names the keys that differ.
+        """
+        self._spec, self._shared, self._lease = spec, shared, my_lease()
+        objectives = spec.search.objectives if spec.search else ("accuracy",)
+        known = _find(spec.name, storage)
+        if known is not None:
+            _check_same(known, spec)
+        self._study = optuna.create_study(
+            study_name=spec.name,
+            storage=storage,
+            directions=[OBJECTIVES[name] for name in objectives],  # type: ignore[misc]
+            load_if_exists=True,
+        )
+        trials = len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = _sampler(spec, trials)
+        self._study.pruner = _pruner(spec, checkpoints)
+        if known != spec:
+            self._study.set_user_attr("spec", to_tree(spec))
+        if "identity" not in self._study.user_attrs:
+            self._study.set_user_attr("identity", uuid.uuid4().hex)
+        self.identity: str = self._study.user_attrs["identity"]
+        """Names the sweep for the tracking server."""
+        self._distributions = distributions(spec)
+        self._live: dict[int, optuna.Trial] = {}
+        self._signed = 0.0
+
+    # --- what there is -------------------------------------------------------------------------
+
+    def records(self) -> list[Record]:
+        """Return every trial, in order."""
+        return _records(self._study)
+
+    def enqueue(self, wanted: Sequence[Mapping[str, Any]]) -> int:
+        """Enqueue the trials of a grid that are neither done nor waiting; return how many."""
+        new = missing(wanted, self.records())
+        for params in new:
+            self._study.enqueue_trial(params)
+        return len(new)
+
+    def is_settled(self) -> bool:
+        """Say whether nothing is left to do."""
+        states = [record.state for record in self.records()]
+        open_trials = sum(state in ("waiting", "running") for state in states)
+        budget = self._spec.search.trials if self._spec.search else 0
+        return not open_trials and len(states) >= budget
+
+    # --- work ----------------------------------------------------------------------------------
+
+    def next(self) -> Trial | None:
+        """Return the next trial to do: one left behind, one that waits, else a new draw."""
+        self.sign()
+        states = (TrialState.RUNNING, TrialState.WAITING)
+        frozen = self._study.get_trials(deepcopy=False)
+        unfinished = [t for t in frozen if t.state in states]
+        for left in unfinished:
+            if left.state == TrialState.RUNNING and self._is_orphan(left):
+                return self._take(optuna.Trial(self._study, left._trial_id), adopted=True)
+        waits = any(t.state == TrialState.WAITING for t in unfinished)
+        budget = self._spec.search.trials if self._spec.search else 0
+        if not waits and len(frozen) >= budget:
+            return None
+        asked = self._study.ask()
+        if self._spec.search is None and "fixed_params" not in self._frozen(asked).system_attrs:
+            # Another driver took the last one that waited.
+            asked.set_user_attr("surplus", True)
+            self._study.tell(asked, state=TrialState.FAIL)
+            return None
+        return self._take(asked, adopted=False)
+
+    def _is_orphan(self, trial: FrozenTrial) -> bool:
+        if trial.number in self._live:
+            return False
+        lease = trial.user_attrs.get("lease")
+        if not self._shared:
+            return True
+        if lease is None:
+            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            return time.time() - began > _LEASE_SECONDS
+        sign = self._study.user_attrs.get(_lease_name(lease), 0.0)
+        return not is_alive(lease, self._lease["host"], sign, time.time())
+
+    def _take(self, trial: optuna.Trial, adopted: bool) -> Trial:
+        trial.set_user_attr("lease", self._lease)
+        params = {name: trial._suggest(name, d) for name, d in self._distributions.items()}
+        seed = params.pop(_SEED, self._spec.seeds[0])
+        self._live[trial.number] = trial
+        return Trial(number=trial.number, values=params, seed=seed, adopted=adopted)
+
+    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
+        return self._study._storage.get_trial(trial._trial_id)
+
+    def sign(self) -> None:
+        """Leave a sign of this driver, where other drivers look for it."""
+        if self._shared and time.monotonic() - self._signed > _SIGN_SECONDS:
+            self._signed = time.monotonic()
+            self._study.set_user_attr(_lease_name(self._lease), time.time())
+
+    def note(self, number: int, key: str, value: Any) -> None:
+        """Keep something with a trial."""
+        self._live[number].set_user_attr(key, value)
+
+    def should_prune(self, number: int, step: int, value: float) -> bool:
+        """Report a trial's accuracy at a number of tasks, and say whether it is to be stopped."""
+        if self._spec.search is None or not self._spec.search.pruned:
+            return False
+        trial = self._live[number]
+        if step not in self._frozen(trial).intermediate_values:
+            trial.report(value, step)
+        return bool(trial.should_prune())
+
+    def finish(
+        self,
+        number: int,
+        state: Literal["done", "pruned", "failed"],
+        curve: Curve,
+        objectives: Sequence[float] = (),
+        reason: str = "",
+    ) -> None:
+        """End a trial. Objectives must be finite."""
+        trial = self._live.pop(number)
+        trial.set_user_attr("curve", [[k, curve[k]] for k in sorted(curve)])
+        if reason:
+            trial.set_user_attr("reason", reason)
+        if state == "done":
+            self._study.tell(trial, list(objectives))
+        elif state == "pruned":
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    @property
+    def optuna(self) -> optuna.Study:
+        """The study itself, for Optuna's own plots."""
+        return self._study
+
+
+def read_records(spec: SweepSpec, storage: BaseStorage) -> list[Record]:
+    """Return the trials of a sweep, none if it hasn't begun. Writes nothing.
+
+    Raises:
+        ConfigError: if the study is of another sweep; names the keys that differ.
+    """
+    known = _find(spec.name, storage)
+    if known is None:
+        return []
+    _check_same(known, spec)
+    return _records(optuna.load_study(study_name=spec.name, storage=storage))
+
+
+def _records(study: optuna.Study) -> list[Record]:
+    trials = study.get_trials(deepcopy=False)
+    return [_record(trial) for trial in trials if "surplus" not in trial.user_attrs]
+
+
+def _find(name: str, storage: BaseStorage) -> SweepSpec | None:
+    try:
+        tree = optuna.load_study(study_name=name, storage=storage).user_attrs.get("spec")
+    except KeyError:
+        return None
+    return spec_of(tree) if tree else None
+
+
+def _check_same(old: SweepSpec, new: SweepSpec) -> None:
+    changed = differences(old, new)
+    if changed:
+        raise ConfigError(
+            f"sweep {new.name} was begun with another specification ({'; '.join(changed)}); "
+            "give this one another name"
+        )
+
+
+_STATES: Mapping[TrialState, Literal["waiting", "running", "done", "pruned", "failed"]] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def _record(trial: FrozenTrial) -> Record:
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    attrs = trial.user_attrs
+    ended = trial.datetime_complete and trial.datetime_start
+    return Record(
+        number=trial.number,
+        state=_STATES[trial.state],
+        seed=params.pop(_SEED, attrs.get("seed", 0)),
+        values=params,
+        curve={int(k): values for k, values in attrs.get("curve", [])},
+        objectives=tuple(trial.values or ()),
+        reason=attrs.get("reason", ""),
+        fingerprint=attrs.get("fingerprint", ""),
+        seconds=trial.duration.total_seconds() if ended and trial.duration else None,
+    )
+
+
+def in_turn(keys: Sequence[str]) -> Iterator[int]:
+    """Yield indices so that equal keys come far apart: trials of one bank wait for each other."""
+    seen: dict[str, int] = {}
+    ranks = []
+    for key in keys:
+        ranks.append(seen.get(key, 0))
+        seen[key] = ranks[-1] + 1
+    yield from sorted(range(len(keys)), key=lambda i: (ranks[i], i))

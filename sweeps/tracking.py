@@ -1,0 +1,123 @@
+"""MLflow for a sweep: a parent run, its trials as children, delivered by one thread.
+
+Each has an outbox in its own folder (see orchestrator.tracking): nothing waits for a server.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.tracking import MlflowSink, Outbox, Store
+from supsup.errors import one_line
+
+_RETRY_SECONDS = 20.0
+#: Seconds without a delivered record after which the end of a sweep waits no longer.
+_CLOSE_SECONDS = 60.0
+
+
+class TrialTracker:
+    """Writes down what one MLflow run is to show."""
+
+    def __init__(self, folder: Path, sink: MlflowSink, wake: threading.Event) -> None:
+        """Use ``Deliveries.tracker``."""
+        self.folder, self.sink = folder, sink
+        self.outbox = Outbox(folder)
+        self.closed = False
+        self._wake = wake
+
+    def begin(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Record that the run goes on, with its parameters and tags."""
+        self.outbox.append("status", status="RUNNING")
+        self.outbox.append("params", values={key: str(value) for key, value in params.items()})
+        self.outbox.append("tags", values=dict(tags))
+        self._wake.set()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics; the step is the number of tasks learned."""
+        timestamp = int(time.time() * 1000)
+        self.outbox.append("metrics", values=dict(values), step=step, timestamp=timestamp)
+        self._wake.set()
+
+    def artifact(self, path: Path) -> None:
+        """Record that a file in the folder is to be shown."""
+        self.outbox.append("artifact", path=str(path.relative_to(self.folder)))
+
+    def close(self, status: str, tags: Mapping[str, str]) -> None:
+        """Record the end; it is delivered later."""
+        self.outbox.append("tags", values=dict(tags))
+        self.outbox.append("status", status=status)
+        self.closed = True
+        self._wake.set()
+
+
+class Deliveries:
+    """Delivers the records of all trackers in turn. Warns; never stops the sweep."""
+
+    def __init__(self, store: Store) -> None:
+        """Start the thread."""
+        self._store = store
+        self._trackers: list[TrialTracker] = []
+        self._wake = threading.Event()
+        self._closing = False
+        self._warned = False
+        self._moved = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def tracker(
+        self, folder: Path, name: str, identity: str, parent: TrialTracker | None = None
+    ) -> TrialTracker:
+        """Return the tracker of an MLflow run, and deliver what its outbox holds already."""
+        sink = MlflowSink(self._store, name, identity, parent.sink if parent else None)
+        tracker = TrialTracker(folder, sink, self._wake)
+        self._trackers.append(tracker)
+        return tracker
+
+    def close(self) -> bool:
+        """Wait as long as records get through, and say whether all did."""
+        self._closing, self._moved = True, time.monotonic()
+        self._wake.set()
+        while self._thread.is_alive() and time.monotonic() - self._moved < _CLOSE_SECONDS:
+            self._thread.join(0.2)
+        return not any(tracker.outbox.pending()[0] for tracker in list(self._trackers))
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            last = self._closing
+            behind = [t for t in list(self._trackers) if not self._deliver(t)]
+            if last:
+                return
+            if behind:
+                self._wake.wait(_RETRY_SECONDS)
+                self._wake.set()
+
+    def _deliver(self, tracker: TrialTracker) -> bool:
+        closed = tracker.closed
+        records, position = tracker.outbox.pending()
+        try:
+            for record in records:
+                tracker.sink.apply(record, tracker.folder)
+        # Whatever a server, a database or a network does, the sweep goes on.
+        except Exception as error:  # noqa: BLE001
+            self._warn(error)
+            return False
+        if records:
+            tracker.outbox.mark_delivered(position)
+            self._moved = time.monotonic()
+        if closed:
+            self._trackers.remove(tracker)
+        return True
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"MLflow can't be reached ({type(error).__name__}: {one_line(error)}); "
+                "records are kept in the sweep's folder and delivered by the next resume",
+                stacklevel=1,
+            )

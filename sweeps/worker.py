@@ -1,0 +1,46 @@
+"""The worker of a sweep: serves the runs of many configurations. Ray wraps it in one line."""
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+import ray
+
+from orchestrator.worker import TaskWorker, Trained, WorkerSetup
+from supsup.config import EvalConfig, RunConfig
+from supsup.datasets import Dataset
+from supsup.evaluate import Evaluation
+
+
+def setup_for(config: RunConfig, weights_sha256: str) -> WorkerSetup:
+    """Return what a worker must know of a run: equal for all runs of one bank."""
+    shaping = dataclasses.replace(config, tasks=1, scenario="gg", block_size=1, eval=EvalConfig())
+    return WorkerSetup(config=shaping, weights_sha256=weights_sha256)
+
+
+class SweepWorker:
+    """Keeps a few of the runs' workers, those that were used last."""
+
+    def __init__(self, keep: int) -> None:
+        """Begin with none; keep at most so many."""
+        self._keep = keep
+        self._workers: OrderedDict[WorkerSetup, TaskWorker] = OrderedDict()
+
+    def train(self, setup: WorkerSetup, data: Dataset, *args: Any) -> Trained:
+        """Train a block of a run: see ``TaskWorker``."""
+        return self._worker(setup, data).train(*args)
+
+    def evaluate(self, setup: WorkerSetup, data: Dataset, *args: Any) -> Evaluation:
+        """Evaluate tasks of a run: see ``TaskWorker``."""
+        return self._worker(setup, data).evaluate(*args)
+
+    def _worker(self, setup: WorkerSetup, data: Dataset) -> TaskWorker:
+        if setup not in self._workers:
+            self._workers[setup] = TaskWorker(setup, data)
+        self._workers.move_to_end(setup)
+        if len(self._workers) > self._keep:
+            self._workers.popitem(last=False)
+        return self._workers[setup]
+
+
+RemoteSweepWorker = ray.remote(SweepWorker)
