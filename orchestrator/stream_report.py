@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.report import (
@@ -113,14 +114,16 @@ def table(results: StreamResults) -> Table:
         title=f"{results.name}: no task named, stream {openset.stream}, {results.dataset}",
         caption=_caption(results),
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in ("tasks", "masks", "missed", "extra", "wrong"):
         shown.add_column(name, justify="right")
     methods = results.config.eval.methods
     for method in methods:
-        name = method_name(method, results.config.eval)
-        shown.add_column(f"{name}\nNNs %", justify="right")
-    shown.add_column("margins\nknown/new", justify="right")
+        name = method_name(method, results.config.eval).replace(" ", "\n", 1)
+        shown.add_column(f"NNs %\n{name}", justify="right")
+    shown.add_column("margin\nknown\nnew", justify="right")
     for c in results.checkpoints:
         row = [c.learned, c.masks, c.missed, c.false_new, c.wrong + c.late]
         cells = [_cell(c.evaluation, method, results) for method in methods]
@@ -134,14 +137,14 @@ def _cell(evaluation: Evaluation | None, method: str, results: StreamResults) ->
     text = f"{100 * evaluation.accuracy(method, _SHARED):.2f}"
     if evaluation.is_sample(results.test_images):
         width = evaluation.accuracy_half_width(method, _SHARED, results.test_images)
-        text += "±?" if math.isnan(width) else f"±{100 * width:.2f}"
+        text += "\n± ?" if math.isnan(width) else f"\n± {100 * width:.2f}"
     return text
 
 
 def _margins(decisions: Sequence[Decision]) -> str:
     known = [d.margin for d in decisions if d.known]
     new = [d.margin for d in decisions if not d.known]
-    return f"{min(known, default=math.nan):.2f}/{max(new, default=math.nan):.2f}"
+    return f"{min(known, default=math.nan):.2f}\n{max(new, default=math.nan):.2f}"
 
 
 def _caption(results: StreamResults) -> str:
