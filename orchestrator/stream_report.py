@@ -115,7 +115,7 @@ def table(results: StreamResults) -> Table:
         caption=_caption(results),
         caption_justify="left",
         box=SIMPLE_HEAD,
-        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     for name in ("tasks", "masks", "missed", "extra", "wrong"):
         shown.add_column(name, justify="right")
