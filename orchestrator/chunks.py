@@ -251,6 +251,7 @@ class ChunkedRun:
             wrong=sum(tally.wrong for tally in tallies),
             late=sum(tally.late for tally in tallies),
             refused=sum(tally.refused for tally in tallies),
+            mixed=sum(tally.mixed for tally in tallies),
             decisions=len(decisions),
             recent=decisions,
             joins=merge["joins"],

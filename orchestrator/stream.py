@@ -253,6 +253,7 @@ class StreamRun:
             wrong=self._tally.wrong,
             late=self._tally.late,
             refused=self._tally.refused,
+            mixed=self._tally.mixed,
             decisions=len(self._tally.decisions),
             recent=tuple(self._tally.decisions[before:]),
             false_alarm=self._threshold.false_alarm,

@@ -41,6 +41,7 @@ class StreamCheckpoint:
     wrong: int
     late: int
     refused: int
+    mixed: int
     decisions: int
     recent: tuple[Decision, ...]
     """The decisions since the checkpoint before."""
@@ -68,7 +69,7 @@ def metrics(checkpoint: StreamCheckpoint, settings: EvalConfig) -> dict[str, flo
     """Return the metrics of a checkpoint by their MLflow keys."""
     values = {
         f"nns/{name}": float(getattr(checkpoint, name))
-        for name in ("masks", "missed", "false_new", "wrong", "late", "refused")
+        for name in ("masks", "missed", "false_new", "wrong", "late", "refused", "mixed")
     }
     values |= {f"nns/{name}": float(n) for name, n in (checkpoint.joins or {}).items()}
     recent = checkpoint.recent

@@ -206,6 +206,13 @@ class OpenSetConfig:
     decide_every: Annotated[
         int, _setting("batches from one decision to the next", ge=1, le=10_000_000)
     ] = 100
+    look: Annotated[
+        Literal["first", "both"],
+        _setting(
+            "first: the first batch decides, as in the paper; both: the last batch must be decided "
+            "alike, or nothing is trained until the next decision"
+        ),
+    ] = "first"
     boundaries: Annotated[
         Literal["hidden", "told"],
         _setting(
@@ -321,6 +328,7 @@ _PAPER: Mapping[str, Any] = {
     "openset.epsilon": 0.125,
     "openset.threshold": "fixed",
     "openset.decide_every": 100,
+    "openset.look": "first",
     "openset.boundaries": "hidden",
 }
 #: Values that a protocol fixes, by dotted field. "paper": Sections 4.2 and 4.3 and Appendix C.

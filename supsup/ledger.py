@@ -29,7 +29,7 @@ from supsup.members import Packed
 from supsup.openset import Step
 
 _MASK_NAME = re.compile(r"(\d{9})-(\d{9})\.safetensors")
-_LINE = ("segment", "mask", "new", "margin", "epsilon", "decision_seconds", "batches")
+_LINE = ("segment", "mask", "new", "mixed", "margin", "epsilon", "decision_seconds", "batches")
 
 
 @dataclass(frozen=True)

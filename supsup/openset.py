@@ -17,6 +17,7 @@ workers.
 Shapes: K masks that take part, B images of a batch and bytes of a packed mask, P pixels.
 """
 
+import dataclasses
 import math
 import statistics
 import time
@@ -100,7 +101,7 @@ class Threshold:
         """Take in what a learner did."""
         self._allocated += step.new
         # Which of an untrained few masks is best says nothing about margins.
-        if self._allocated > LEAST_MASKS:
+        if self._allocated > LEAST_MASKS and not step.mixed:
             self.observe(step.margin, step.new or step.mask is None)
 
     def observe(self, seen_margin: float, new: bool) -> None:
@@ -147,9 +148,11 @@ class Step:
 
     segment: int
     mask: int | None
-    """The mask that the segment was given to; None: it looked new, and no mask was left."""
+    """The mask that the segment was given to. None: it is mixed, or no mask was left for it."""
     new: bool
     """Whether the mask was allocated for it."""
+    mixed: bool
+    """Whether its first and its last batch were decided differently."""
     margin: float
     epsilon: float
     decision_seconds: float
@@ -218,13 +221,15 @@ class OpenSetLearner:
         epsilon = self._threshold.epsilon
         scores_K = self._scores(segment)
         choice = decide(scores_K, self.allocated, epsilon)
+        mixed = self._config.openset.look == "both" and choice != self._decided_last(segment)
         seconds = time.perf_counter() - started
-        mask, new = self._placed(choice)
+        mask, new = (None, False) if mixed else self._placed(choice)
         changed = None if mask is None else self._train(mask, new, segment)
         step = Step(
             segment=segment.number,
             mask=mask,
             new=new,
+            mixed=mixed,
             margin=margin(scores_K),
             epsilon=epsilon,
             decision_seconds=seconds,
@@ -240,6 +245,15 @@ class OpenSetLearner:
     def recognise(self, segment: Segment) -> Existing | New:
         """Decide whose a segment is, and learn nothing from it."""
         return decide(self._scores(segment), self.allocated, self._threshold.epsilon)
+
+    def _decided_last(self, segment: Segment) -> Existing | New:
+        """Decide by the last batch: a task may have ended in between."""
+        last = dataclasses.replace(
+            segment,
+            images_NP=segment.images_NP[-segment.batch_size :],
+            labels_N=segment.labels_N[-segment.batch_size :],
+        )
+        return self.recognise(last)
 
     def _scores(self, segment: Segment) -> Scores:
         images_BP, _ = next(segment.batches())

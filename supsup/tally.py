@@ -4,7 +4,8 @@ A mask belongs to the task that most of the images it was given are of. Of a dec
 that of most images in the batch looked at, some mask may be the owner already ("known") or not:
 
 - known, given to another task's mask: **wrong**; given a new mask: **false** allocation;
-- not known, given to a mask that is there: **late**; given a new mask: right.
+- not known, given to a mask that is there: **late**; given a new mask: right;
+- left out since its ends were decided differently: **mixed**.
 
 A task that owns no mask in the end is **missed**. Data that looked new with no mask left was
 **refused**.
@@ -44,6 +45,7 @@ class Tally:
     false_new: int = 0
     late: int = 0
     refused: int = 0
+    mixed: int = 0
     masks: int = 0
     decisions: list[Decision] = field(default_factory=list)
     _images: list[Counter[int]] = field(default_factory=list)
@@ -75,7 +77,9 @@ class Tally:
         )  # fmt: skip
 
     def _count(self, step: Step, task: int, known: bool) -> None:
-        if step.mask is None:
+        if step.mixed:
+            self.mixed += 1
+        elif step.mask is None:
             self.refused += 1
         elif step.new:
             self.false_new += known

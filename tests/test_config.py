@@ -51,7 +51,11 @@ def test_every_field_has_help():
         ("train.learning_rate", "inf", "train.learning_rate is inf, must be a finite number"),
         ("train.learning_rate", "0", "must be greater than 0"),
         ("train.batches", "-3", "train.batches is -3, must be at least 1"),
-        ("scenario", "gnuu", "scenario is gnuu, must be one of gg, gns, gnu, nns; did you mean gnu?"),
+        (
+            "scenario",
+            "gnuu",
+            "scenario is gnuu, must be one of gg, gns, gnu, nns; did you mean gnu?",
+        ),
         ("model.name", "lenet", "model.name is lenet, must be one of lenet-300-100"),
         ("eval.methods", "h-oneshot", "did you mean h-one-shot?"),
         ("eval.methods", "", "eval.methods is empty"),

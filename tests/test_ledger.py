@@ -19,7 +19,8 @@ def a_step(number: int, mask: int | None, new: bool = False, alive: bool = True)
         batches=10 * number,
     )
     return Step(
-        segment=number, mask=mask, new=new, margin=1.25, epsilon=0.125, decision_seconds=0.5,
+        segment=number, mask=mask, new=new, mixed=mask is None,
+        margin=1.25, epsilon=0.125, decision_seconds=0.5,
         packed_B=None if mask is None else random.integers(0, 256, 7, dtype=np.uint8),
         state=state if alive and mask is not None else None,
         batches=10,

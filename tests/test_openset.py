@@ -283,3 +283,20 @@ def test_packed_masks_are_the_scores_that_are_not_negative():
     masks = unpack(torch.from_numpy(packed_mask(state, LAYERS))[None], LAYERS, torch.float32)
     flat = torch.cat([mask.flatten() for mask in masks]).numpy()
     assert np.array_equal(flat, state.scores_W >= 0)
+
+
+def test_looking_at_both_ends_trains_no_mask_on_two_tasks(open_config, digits_16):
+    values = {"openset.stream": "random-length", "tasks": 6, "openset.decide_every": 10}
+    masks = {}
+    for look in ("first", "both"):
+        config = with_values(open_config, {**values, "openset.look": look})
+        recorder, stream = Recorder(config, digits_16), Stream(config, digits_16)
+        steps = [recorder.learn(segment) for segment in stream]
+        truths = [set(stream.truth(step.segment).tolist()) for step in steps]
+        trained = [
+            truth for step, truth in zip(steps, truths, strict=True) if step.packed_B is not None
+        ]
+        masks[look] = max(map(len, trained))
+        assert any(step.mixed for step in steps) == (look == "both")
+        assert all(step.mask is None and not step.new for step in steps if step.mixed)
+    assert masks == {"first": 2, "both": 1}
