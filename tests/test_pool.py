@@ -77,6 +77,7 @@ def test_a_bad_job_hurts_itself_alone(moody_pool, tmp_path):
     source = Source(act("a"), act("raise"), once, act("die"), *(act(f"b{i}") for i in range(6)))
     moody_pool.run(source)
     assert set(source.results) == {"a", "once", *(f"b{i}" for i in range(6))}
+    assert (tmp_path / "died").exists()
     assert source.results["once"] == "alive"
     assert source.failures["raise"].reason == "ValueError: no"
     assert source.failures["die"].kind == "died"
