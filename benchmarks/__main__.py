@@ -22,13 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.reference import train_task
-from supsup.config import RECIPES, RunConfig, with_values
+from supsup.config import RunConfig
 from supsup.datasets import Dataset, default_data_dir, load_dataset
+from supsup.fields import with_values
 from supsup.inference import Queries, TaskInference, infer
 from supsup.masking import mask_bytes
 from supsup.material import layers_of
 from supsup.models import fixed_weights
 from supsup.packed import PackedMasks
+from supsup.recipes import RECIPES
 from supsup.train import ENGINES, BlockTrainer, resolve_here
 
 REFERENCE_BATCHES, ENGINE_BATCHES = 50, 200

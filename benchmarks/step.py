@@ -7,8 +7,9 @@ import click
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from supsup.config import RECIPES, with_values
 from supsup.datasets import default_data_dir, load_dataset
+from supsup.fields import with_values
+from supsup.recipes import RECIPES
 from supsup.train import BlockTrainer, resolve_here
 
 

@@ -10,12 +10,14 @@ import click
 import torch
 
 from supsup.apprentice import LocalTrainer, MaskState
-from supsup.config import RunConfig, permuted_mnist, with_values
+from supsup.config import RunConfig
 from supsup.datasets import Dataset, default_data_dir, load_dataset
+from supsup.fields import with_values
 from supsup.material import layers_of
 from supsup.members import LocalMembers
 from supsup.models import fixed_weights
 from supsup.openset import OpenSetLearner
+from supsup.recipes import permuted_mnist
 from supsup.streams import VISITS, Stream
 from supsup.tally import Tally
 from supsup.train import resolve_here

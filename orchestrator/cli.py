@@ -13,8 +13,10 @@ import click
 
 import supsup
 from orchestrator import options
-from supsup.config import PROTOCOLS, RECIPES, RunConfig, with_values
+from supsup.config import RunConfig
 from supsup.errors import ConfigError, RunFailed, UserError
+from supsup.fields import with_values
+from supsup.recipes import PROTOCOLS, RECIPES
 
 if TYPE_CHECKING:
     from orchestrator.runfolder import Launch

@@ -6,16 +6,9 @@ from typing import Any
 
 import click
 
-from supsup.config import (
-    ALGORITHMS,
-    OBJECTIVES,
-    RECIPES,
-    FieldInfo,
-    RunConfig,
-    as_text,
-    config_fields,
-    get_field,
-)
+from supsup.config import ALGORITHMS, OBJECTIVES, RunConfig
+from supsup.fields import FieldInfo, as_text, config_fields, get_field
+from supsup.recipes import RECIPES
 
 MAX_WORKERS = 4096
 #: Short names of often used fields.

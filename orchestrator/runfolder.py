@@ -21,9 +21,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from supsup.bank import Bank
-from supsup.config import EvalConfig, RunConfig, from_dict, to_dict
+from supsup.config import EvalConfig, RunConfig
 from supsup.errors import ConfigError, UserError
 from supsup.evaluate import COUNTS, Evaluation
+from supsup.fields import from_dict, to_dict
 from supsup.files import write_atomically
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")

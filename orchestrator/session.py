@@ -29,19 +29,11 @@ from orchestrator.stream import StreamRun
 from orchestrator.tracking import Store, Tracker, store_for
 from orchestrator.worker import WorkerSetup
 from supsup.bank import Bank, Stock, locked
-from supsup.config import (
-    RunConfig,
-    as_text,
-    checkpoints,
-    config_fields,
-    get_field,
-    is_auto,
-    resolve,
-    training_fields,
-    with_values,
-)
+from supsup.config import RunConfig, checkpoints
 from supsup.datasets import Dataset, default_data_dir, load_dataset
 from supsup.errors import ConfigError, UserError
+from supsup.fields import as_text, config_fields, get_field, with_values
+from supsup.identity import is_auto, resolve, training_fields
 from supsup.inference import check_methods
 from supsup.manifest import Manifest, make_manifest
 from supsup.material import layers_of

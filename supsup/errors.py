@@ -1,9 +1,28 @@
-"""Errors, told apart by who can mend them."""
+"""Errors, told apart by who can mend them, and how they show a value."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
     """Return an error's text, or its type if it has none, on one line of limited length."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: short, on one line."""
+    text = repr(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+.\w]+", value):
+        text = value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the word meant, or nothing if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class UserError(Exception):

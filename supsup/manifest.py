@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 import supsup
-from supsup.config import RunConfig, fingerprint, from_dict, to_dict
+from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import BankError
+from supsup.fields import from_dict, to_dict
+from supsup.identity import fingerprint
 from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
 from supsup.material import layers_of
 from supsup.models import Layer, fixed_weights, weights_sha256

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from supsup.config import RunConfig, resolve
+from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.dense import DenseEngine
 from supsup.errors import NonFiniteLoss
+from supsup.identity import resolve
 from supsup.material import Material
 from supsup.sparse import SparseEngine, mostly_background, sparse_precisions
 

@@ -9,9 +9,10 @@ from orchestrator import session
 from orchestrator.cluster import Machine
 from orchestrator.runfolder import Launch, RunFolder
 from supsup.bank import Bank
-from supsup.config import RunConfig, fingerprint
+from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import UserError
+from supsup.identity import fingerprint
 from supsup.manifest import Manifest, make_manifest
 
 

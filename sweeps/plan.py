@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from supsup.config import RunConfig, training_fields
+from supsup.config import RunConfig
 from supsup.errors import UserError
+from supsup.identity import training_fields
 from supsup.masking import mask_bytes
 from supsup.material import layers_of
 from sweeps.banks import Banks, Site, tasks_missing

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from supsup.config import near
-from supsup.errors import ConfigError
+from supsup.errors import ConfigError, near
 from sweeps.spec import SweepSpec, spec_of
 
 _H_AND_G = ["h-one-shot", "g-one-shot"]

@@ -29,16 +29,11 @@ from orchestrator.runfolder import SWEEPS, Launch, check_name, check_runs_dir
 from orchestrator.session import git_commit
 from orchestrator.tracking import Outbox, store_for
 from supsup.bank import locked
-from supsup.config import (
-    RunConfig,
-    as_text,
-    checkpoints,
-    config_fields,
-    get_field,
-    training_fields,
-)
+from supsup.config import RunConfig, checkpoints
 from supsup.errors import ConfigError, UserError
+from supsup.fields import as_text, config_fields, get_field
 from supsup.files import write_atomically
+from supsup.identity import training_fields
 from supsup.manifest import Manifest
 from sweeps import plan as planning
 from sweeps import report as reporting

@@ -16,19 +16,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from orchestrator.runfolder import check_name
-from supsup.config import (
-    PROTOCOLS,
-    RECIPES,
-    RunConfig,
-    as_text,
-    config_fields,
-    explain,
-    get_field,
-    near,
-    shown,
-    with_values,
-)
-from supsup.errors import ConfigError
+from supsup.config import RunConfig
+from supsup.errors import ConfigError, near, shown
+from supsup.fields import as_text, config_fields, explain, get_field, with_values
+from supsup.recipes import PROTOCOLS, RECIPES
 
 MAX_TRIALS = 100_000
 #: Studies keep numbers as doubles: above this, two seeds could become one.

@@ -29,8 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from supsup.config import get_field
 from supsup.errors import ConfigError, one_line
+from supsup.fields import get_field
 from supsup.seeding import derive_seed
 from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, differences, spec_of, to_tree
 

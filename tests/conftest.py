@@ -18,8 +18,9 @@ import torch
 
 from orchestrator.cluster import Cluster, connect
 from supsup.bank import Bank
-from supsup.config import RunConfig, with_values
+from supsup.config import RunConfig
 from supsup.datasets import Dataset, load_dataset
+from supsup.fields import with_values
 from supsup.manifest import make_manifest
 from supsup.streams import Stream
 from supsup.train import BlockTrainer, TrainedBlock

@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 from supsup.bank import Bank, locked
-from supsup.config import with_values
 from supsup.errors import BankError, DeterminismFault
+from supsup.fields import with_values
 from supsup.files import publish, write_atomically
 from supsup.manifest import make_manifest
 from tests.conftest import rows

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supsup.bank import Bank
-from supsup.config import with_values
+from supsup.fields import with_values
 from supsup.ledger import Ledger
 from supsup.streams import Stream
 from tests.streaming import Killed, Recorder, Silent, crew_of, stream_run, values_of

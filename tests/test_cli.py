@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.runfolder import Launch, RunFolder
-from supsup.config import config_fields, with_values
+from supsup.fields import config_fields, with_values
 
 
 @pytest.fixture

@@ -4,21 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supsup.config import (
-    PROTOCOLS,
-    RECIPES,
-    RunConfig,
-    checkpoints,
-    config_fields,
-    fingerprint,
-    from_dict,
-    get_field,
-    resolve,
-    to_dict,
-    training_fields,
-    with_values,
-)
+from supsup.config import RunConfig, checkpoints
 from supsup.errors import ConfigError
+from supsup.fields import config_fields, from_dict, get_field, to_dict, with_values
+from supsup.identity import fingerprint, resolve, training_fields
+from supsup.recipes import PROTOCOLS, RECIPES
 
 DATA = "0" * 64
 

@@ -9,8 +9,9 @@ from orchestrator.coordinator import RunJobs
 from orchestrator.pool import Failure, Job
 from orchestrator.runfolder import RunFolder
 from orchestrator.worker import TaskWorker, WorkerSetup
-from supsup.config import checkpoints, with_values
+from supsup.config import checkpoints
 from supsup.evaluate import Evaluator
+from supsup.fields import with_values
 from supsup.sampling import sampled_tasks
 
 

@@ -25,7 +25,7 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_every_word_that_the_readme_tells_to_type_exists():
-    from supsup.config import RECIPES
+    from supsup.recipes import RECIPES
     from sweeps.cli import cli
 
     text = (ROOT / "README.md").read_text()

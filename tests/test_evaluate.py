@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from supsup.config import PROTOCOLS, with_values
 from supsup.evaluate import COUNTS, Evaluation, Evaluator, decisions_per_task, merge
+from supsup.fields import with_values
 from supsup.inference import Queries, TaskInference, infer
+from supsup.recipes import PROTOCOLS
 from supsup.tasks import permutation
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from supsup.apprentice import LocalTrainer, MaskState, initial_state, packed_mask
-from supsup.config import OpenSetConfig, with_values
+from supsup.config import OpenSetConfig
+from supsup.fields import with_values
 from supsup.inference import entropy
 from supsup.masking import pack, unpack
 from supsup.material import layers_of

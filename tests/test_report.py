@@ -17,8 +17,9 @@ from orchestrator.report import (
     table,
     write,
 )
-from supsup.config import RunConfig, with_values
+from supsup.config import RunConfig
 from supsup.evaluate import Evaluation
+from supsup.fields import with_values
 
 SETTINGS = with_values(RunConfig(), {"eval.methods": "h-shortlist,g-one-shot"}).eval
 

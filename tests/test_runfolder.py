@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
-from supsup.config import RunConfig, with_values
+from supsup.config import RunConfig
 from supsup.errors import ConfigError, UserError
 from supsup.evaluate import Evaluation
+from supsup.fields import with_values
 
 
 @pytest.mark.parametrize("name", ["a", "permuted-mnist-0123abcd", "A_b.c-9", "x" * 64, "_", "-a"])

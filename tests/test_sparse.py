@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from supsup import native
-from supsup.config import with_values
 from supsup.datasets import Dataset
+from supsup.fields import with_values
 from supsup.material import Material
 from supsup.sparse import KERNELS, SparseEngine, _FirstLayer, mostly_background
 from supsup.train import BlockTrainer, resolve_here

@@ -6,8 +6,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from supsup.config import with_values
 from supsup.errors import ConfigError
+from supsup.fields import with_values
 from supsup.seeding import generator
 from supsup.streams import VISITS, Segment, Stream
 from supsup.tasks import permutation

@@ -13,8 +13,9 @@ from orchestrator.coordinator import RunJobs
 from orchestrator.pool import Failure
 from orchestrator.runfolder import RunFolder
 from supsup.bank import Bank, locked
-from supsup.config import checkpoints, to_dict
+from supsup.config import checkpoints
 from supsup.errors import UserError
+from supsup.fields import to_dict
 from supsup.manifest import make_manifest
 from supsup.train import BlockTrainer
 from sweeps import session

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from supsup.config import with_values
 from supsup.datasets import load_dataset
 from supsup.errors import ConfigError, NonFiniteLoss
+from supsup.fields import with_values
 from supsup.masking import initial_scores, unpack
 from supsup.material import batch_indices, layers_of, learning_rate
 from supsup.tasks import permutation
