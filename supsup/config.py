@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from supsup.errors import near
+from supsup.errors import near, shown
 
 MAX_TASKS = 10_000_000
-DATASETS = ("digits", "digits-16", "mnist", "fashion-mnist")
+DATASETS = ("digits", "digits-16", "mnist", "fashion-mnist", "cifar10", "cifar100")
+#: Networks by name; any other is a torchvision model, ``torchvision:NAME``.
+MLPS = ("lenet-300-100", "fc-1024-1024")
+NETS = (*MLPS, "bnnet", "gem-resnet18")
 Scenario = Literal["gg", "gns", "gnu", "nns"]
 OBJECTIVES = ("h", "g")
 ALGORITHMS = ("shortlist", "one-shot", "sketch", "binary", "gradient-descent", "all-masks")
@@ -40,8 +43,11 @@ class ModelConfig:
     """The network whose fixed random weights all masks share."""
 
     name: Annotated[
-        Literal["lenet-300-100", "fc-1024-1024"],
-        _setting("hidden layers of the fixed network"),
+        str,
+        _setting(
+            "the fixed network: lenet-300-100, fc-1024-1024, bnnet (2048-2048 with batch norm), "
+            "gem-resnet18 (20 channels), or torchvision:NAME"
+        ),
     ] = "lenet-300-100"
     output_size: Annotated[
         int,
@@ -52,20 +58,63 @@ class ModelConfig:
         ),
     ] = 100
 
+    def __post_init__(self) -> None:
+        if self.name not in NETS and not re.fullmatch(r"torchvision:\w+", self.name):
+            raise ValueError(
+                f"name is {shown(self.name)}, must be one of {', '.join(NETS)} or "
+                f"torchvision:NAME{near(self.name, NETS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MaskConfig:
+    """What makes a mask of scores, and where the scores of a task start from."""
+
+    algorithm: Annotated[
+        Literal["threshold", "edge-popup"],
+        _setting(
+            "threshold: weights whose score is not negative; edge-popup: those of the largest "
+            "|score| of each layer"
+        ),
+    ] = "threshold"
+    keep_fraction: Annotated[
+        float, _setting("part of the weights that an edge-popup mask keeps", gt=0, lt=1)
+    ] = 0.5
+    budget: Annotated[
+        Literal["uniform", "erdos-renyi"],
+        _setting(
+            "how edge-popup spreads them: uniform: the same part of every layer; erdos-renyi: more "
+            "of small layers, at most half of any"
+        ),
+    ] = "uniform"
+    transfer: Annotated[
+        Literal["none", "running-mean", "previous", "most-similar"],
+        _setting(
+            "scores that a task starts from; none: random; running-mean: the mean of those of all "
+            "tasks before; previous: the last task's; most-similar: those of the task before that "
+            "is inferred from the new one's data. All but none train the tasks one after another"
+        ),
+    ] = "none"
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    """How the mask of one task is trained: RMSprop on the scores, straight through the mask."""
+    """How a mask is trained: an optimiser on the scores, gradients straight through the mask."""
 
     batches: Annotated[int, _setting("training batches per task", ge=1, le=10_000_000)] = 1000
     batch_size: Annotated[int, _setting("images per batch", ge=1, le=65_536)] = 128
-    learning_rate: Annotated[float, _setting("RMSprop's rate at the first batch", gt=0, le=1e3)] = (
+    optimizer: Annotated[Literal["rmsprop", "adam", "sgd"], _setting("what updates the scores")] = (
+        "rmsprop"
+    )
+    learning_rate: Annotated[float, _setting("learning rate at the first batch", gt=0, le=1e3)] = (
         5e-4
     )
     schedule: Annotated[
-        Literal["constant", "linear"],
-        _setting("learning rate over the batches of a task: constant, or linear down to 0"),
+        Literal["constant", "linear", "cosine"],
+        _setting("learning rate over the batches of a task: constant, or falling to 0"),
     ] = "linear"
+    momentum: Annotated[float, _setting("momentum of sgd", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, _setting("L2 penalty on the scores", ge=0, le=1)] = 0.0
     alpha: Annotated[float, _setting("RMSprop's smoothing constant", ge=0, lt=1)] = 0.99
     epsilon: Annotated[float, _setting("RMSprop's epsilon", gt=0, le=1)] = 1e-8
     precision: Annotated[
@@ -76,10 +125,11 @@ class TrainConfig:
         Literal["auto", "cpu", "cuda"], _setting("where blocks are trained; auto: GPUs if any")
     ] = "auto"
     engine: Annotated[
-        Literal["auto", "dense", "sparse"],
+        Literal["auto", "dense", "sparse", "general"],
         _setting(
-            "sparse skips background pixels (on CPUs: bf16 with AVX512-BF16, fp32 with AVX2); "
-            "auto: sparse where it can be had and most pixels are background"
+            "dense and sparse train permuted tasks of MLPs with threshold and rmsprop, sparse by "
+            "skipping background pixels (on CPUs: bf16 with AVX512-BF16, fp32 with AVX2); general "
+            "trains everything else; auto: the fastest that can be had and pays"
         ),
     ] = "auto"
 
@@ -221,6 +271,39 @@ class RunConfig:
     """One experiment: tasks, network, training and evaluation."""
 
     tasks: Annotated[int, _setting("tasks to learn", ge=1, le=MAX_TASKS)] = 50
+    family: Annotated[
+        Literal["permuted", "rotated", "split"],
+        _setting(
+            "what the tasks are: permuted: all classes, the pixels in another order; rotated: all "
+            "classes, the images turned; split: some of the classes each"
+        ),
+    ] = "permuted"
+    degrees: Annotated[
+        float, _setting("rotated: angle between a task and the next", gt=0, le=180)
+    ] = 10.0
+    classes_per_task: Annotated[int, _setting("split: classes of a task", ge=2, le=1000)] = 2
+    class_order: Annotated[
+        Literal["random", "sorted"],
+        _setting("split: classes drawn for the tasks by seed, or taken in their order"),
+    ] = "random"
+    learner: Annotated[
+        Literal[
+            "supsup",
+            "hopsupsup",
+            "batche",
+            "batche-random",
+            "psp",
+            "heads",
+            "heads-random",
+            "upper-bound",
+            "lower-bound",
+        ],
+        _setting(
+            "supsup; hopsupsup: masks kept in a Hopfield network; or a baseline: batche and heads "
+            "(trunk trained on task 1, or random), psp (rotations), upper-bound (a network per "
+            "task), lower-bound (one network, which forgets)"
+        ),
+    ] = "supsup"
     scenario: Annotated[
         Scenario,
         _setting(
@@ -231,8 +314,8 @@ class RunConfig:
     dataset: Annotated[
         str,
         _setting(
-            "digits, digits-16 (16x16 pixels), mnist, fashion-mnist, or images:DIR with train/ and "
-            "test/ in it"
+            "digits, digits-16 (16x16 pixels), mnist, fashion-mnist, cifar10, cifar100, or "
+            "images:DIR with train/ and test/ in it"
         ),
     ] = "mnist"
     image_size: Annotated[
@@ -249,6 +332,7 @@ class RunConfig:
         ),
     ] = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     openset: OpenSetConfig = dataclasses.field(default_factory=OpenSetConfig)

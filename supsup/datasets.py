@@ -4,6 +4,7 @@ Shapes: N images, P pixels (channels, rows and columns flattened).
 """
 
 import hashlib
+import math
 import os
 import struct
 import zlib
@@ -37,11 +38,13 @@ class Dataset:
     mean: float
     std: float
     sha256: str
+    shape: tuple[int, int, int]
+    """Channels, rows and columns of an image."""
 
     @property
     def pixels(self) -> int:
-        """Pixels per image."""
-        return int(self.train_images.shape[1])
+        """Pixels per image, all channels counted."""
+        return math.prod(self.shape)
 
 
 def default_data_dir() -> Path:
@@ -51,7 +54,7 @@ def default_data_dir() -> Path:
 
 
 def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
-    """Load ``digits``, ``digits-16``, ``mnist``, ``fashion-mnist`` or ``images:DIR``.
+    """Load a data set of ``config.DATASETS``, or ``images:DIR``.
 
     Raises:
         DataError: if it is missing or not what it should be; says which files to put where.
@@ -60,7 +63,7 @@ def load_dataset(name: str, data_dir: Path, image_size: int = 32) -> Dataset:
         return _digits(name)
     if name.startswith("images:"):
         return _image_folder(Path(name.removeprefix("images:")), image_size)
-    return _mnist(name, data_dir)
+    return _cifar(name, data_dir) if name in _CIFARS else _mnist(name, data_dir)
 
 
 def _dataset(
@@ -68,6 +71,7 @@ def _dataset(
     train: tuple[Images, Labels],
     test: tuple[Images, Labels],
     classes: int,
+    shape: tuple[int, int, int],
     scale: float = 255.0,
     statistics: tuple[float, float] | None = None,
 ) -> Dataset:
@@ -102,6 +106,7 @@ def _dataset(
         mean=statistics[0],
         std=statistics[1],
         sha256=digest.hexdigest(),
+        shape=shape,
     )
 
 
@@ -118,9 +123,9 @@ def _digits(name: str) -> Dataset:
     labels = bunch.target.astype(np.int64)
     order = generator(0, "digits split").permutation(len(images))
     test, train = order[:360], order[360:]
-    return _dataset(
-        name, (images[train], labels[train]), (images[test], labels[test]), 10, scale=16.0
-    )
+    side = 8 * _DIGITS[name]
+    parts = (images[train], labels[train]), (images[test], labels[test])
+    return _dataset(name, *parts, 10, (1, side, side), scale=16.0)
 
 
 def _enlarged(images_NP: Images, side: int, times: int) -> Images:
@@ -168,7 +173,35 @@ def _mnist(name: str, data_dir: Path) -> Dataset:
                 f"put {files} there"
             )
     flat = [(images.reshape(len(images), -1), labels) for images, labels in parts]
-    return _dataset(name, flat[0], flat[1], 10, statistics=statistics)
+    return _dataset(name, flat[0], flat[1], 10, (1, 28, 28), statistics=statistics)
+
+
+#: torchvision's class, the folder that it wants, and the number of classes.
+_CIFARS = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", 10),
+    "cifar100": ("CIFAR100", "cifar-100-python", 100),
+}
+
+
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    """Load a CIFAR. torchvision unpickles its files, after it has checked their MD5 sums."""
+    import torchvision
+
+    class_name, folder, classes = _CIFARS[name]
+    cls = getattr(torchvision.datasets, class_name)
+    parts = []
+    try:
+        for train in (True, False):
+            part = cls(str(data_dir), train=train, download=True)
+            images = part.data.transpose(0, 3, 1, 2).reshape(len(part.data), -1)
+            labels = np.array(part.targets, dtype=np.int64)
+            parts.append((np.ascontiguousarray(images), labels))
+    except _BAD_FILE as error:
+        raise DataError(
+            f"{name} can't be loaded from {data_dir} ({one_line(error)}); put the folder {folder} "
+            f"of its python version into {data_dir}"
+        ) from None
+    return _dataset(name, parts[0], parts[1], classes, (3, 32, 32))
 
 
 def _image_folder(folder: Path, image_size: int) -> Dataset:
@@ -196,4 +229,5 @@ def _image_folder(folder: Path, image_size: int) -> Dataset:
     if classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
         raise DataError(f"images:{folder}: class {odd[0]} is only in one of train/ and test/")
-    return _dataset("images", parts[0], parts[1], len(classes[0]))
+    shape = (3, image_size, image_size)
+    return _dataset("images", parts[0], parts[1], len(classes[0]), shape)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from supsup.config import RunConfig
+from supsup.config import MLPS, RunConfig
 from supsup.errors import ConfigError
 from supsup.fields import with_values
 
@@ -37,15 +37,40 @@ def resolve(
     train = with_values(config, values).train
     if config.block_size == 0:
         values["block_size"] = _BLOCK_SIZES[train.device]
-    fits = train.device == "cpu"
-    if train.engine == "auto":
-        values["train.engine"] = "sparse" if fits and train.precision in sparse else "dense"
-    elif train.engine == "sparse" and not fits:
+    on_cpu = train.device == "cpu"
+    special = needs_general(config)
+    if train.engine == "auto" and special:
+        values["train.engine"] = "general"
+    elif train.engine == "auto":
+        values["train.engine"] = "sparse" if on_cpu and train.precision in sparse else "dense"
+    elif train.engine != "general" and special:
+        raise ConfigError(
+            f"train.engine is {train.engine}, which is not made for {special}; set it to auto or "
+            "general"
+        )
+    elif train.engine == "sparse" and not on_cpu:
         raise ConfigError(
             f"train.engine is sparse, which is made for CPUs, not {train.device}; set it to auto "
             "or dense"
         )
     return with_values(config, values)
+
+
+def needs_general(config: RunConfig) -> str:
+    """Return the setting that the dense and sparse engines are not made for, "" if there is none.
+
+    They train permuted tasks of an MLP without batch norm: RMSprop, thresholds, random scores.
+    """
+    special = {
+        f"family {config.family}": config.family != "permuted",
+        f"model.name {config.model.name}": config.model.name not in MLPS,
+        f"mask.algorithm {config.mask.algorithm}": config.mask.algorithm != "threshold",
+        f"mask.transfer {config.mask.transfer}": config.mask.transfer != "none",
+        f"train.optimizer {config.train.optimizer}": config.train.optimizer != "rmsprop",
+        "train.weight_decay": config.train.weight_decay > 0,
+        "train.schedule cosine": config.train.schedule == "cosine",
+    }
+    return next((name for name, true in special.items() if true), "")
 
 
 def is_auto(config: RunConfig) -> bool:
@@ -61,17 +86,37 @@ def training_fields(config: RunConfig) -> dict[str, Any]:
     Neither is ``block_size``: blocks of any size give the same masks (a test holds that). In
     scenario nns both count where they matter: a bank is what one whole stream left behind.
     """
-    fields = {"family": "permuted", "dataset": config.dataset, "seed": config.seed}
+    fields: dict[str, Any] = {"dataset": config.dataset, "seed": config.seed}
+    fields |= {name: getattr(config, name) for name in ("learner", "family", *_OF_FAMILY)}
     if config.dataset.startswith("images:"):
         fields |= {"dataset": "images", "image_size": config.image_size}
-    groups = ["model", "train"]
+    groups = ["model", "mask", "train"]
     if config.scenario == "nns":
         fields |= {"scenario": "nns", "tasks": config.tasks}
         groups.append("openset")
     for group in groups:
         values = dataclasses.asdict(getattr(config, group))
         fields |= {f"{group}.{name}": value for name, value in values.items()}
-    return fields
+    return {name: value for name, value in fields.items() if _counts(config, name)}
+
+
+#: Fields that count only where another has a certain value.
+_OF_FAMILY = {"degrees": "rotated", "classes_per_task": "split", "class_order": "split"}
+_OF_OPTIMIZER = {
+    "train.alpha": ("rmsprop",),
+    "train.epsilon": ("rmsprop", "adam"),
+    "train.momentum": ("sgd",),
+}
+_OF_EDGE_POPUP = ("mask.keep_fraction", "mask.budget")
+
+
+def _counts(config: RunConfig, name: str) -> bool:
+    """Say whether a field means anything beside the others."""
+    if name in _OF_FAMILY:
+        return config.family == _OF_FAMILY[name]
+    if name in _OF_OPTIMIZER:
+        return config.train.optimizer in _OF_OPTIMIZER[name]
+    return name not in _OF_EDGE_POPUP or config.mask.algorithm == "edge-popup"
 
 
 def fingerprint(config: RunConfig, dataset_sha256: str) -> str:

@@ -14,7 +14,6 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -180,9 +179,6 @@ class Stream:
 
     def _turned(self, images_NP: Images, first_batch: int) -> Images:
         """Return images turned by the angle of their batch, which grows over each visit."""
-        pixels = self._data.pixels
-        channels = 1 if math.isqrt(pixels) ** 2 == pixels else 3
-        side = math.isqrt(pixels // channels)
         batches = np.arange(first_batch, first_batch + len(images_NP) // self._size)
         visits = [self.visits[v] for v in self._visits_at(batches)]
         part = np.array(
@@ -192,7 +188,7 @@ class Stream:
         angle_N = angle_N.repeat_interleave(self._size)
         cos_N, sin_N, zero_N = angle_N.cos(), angle_N.sin(), torch.zeros_like(angle_N)
         rows = (torch.stack([cos_N, -sin_N, zero_N], 1), torch.stack([sin_N, cos_N, zero_N], 1))
-        images = torch.from_numpy(images_NP).view(-1, channels, side, side).float()
+        images = torch.from_numpy(images_NP).view(-1, *self._data.shape).float()
         grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), False)
         turned = functional.grid_sample(images, grid, align_corners=False)
         return turned.round().to(torch.uint8).flatten(1).numpy()

@@ -89,6 +89,12 @@ def test_the_fingerprint_is_of_what_shapes_the_masks_alone():
         "image_size": 8,
         "eval.images": 7,
         "eval.methods": "g-one-shot",
+        "train.momentum": 0.5,
+        "mask.keep_fraction": 0.1,
+        "mask.budget": "erdos-renyi",
+        "degrees": 45,
+        "classes_per_task": 5,
+        "class_order": "sorted",
     }
     for field, value in same.items():
         assert fingerprint(with_values(base, {field: value}), DATA) == fingerprint(base, DATA)
@@ -105,12 +111,43 @@ def test_the_fingerprint_is_of_what_shapes_the_masks_alone():
         "train.epsilon": 1e-6,
         "train.precision": "fp32",
         "train.device": "cuda",
+        "train.optimizer": "adam",
+        "train.weight_decay": 0.1,
+        "mask.algorithm": "edge-popup",
+        "mask.transfer": "previous",
+        "family": "rotated",
+        "learner": "psp",
     }
     prints = {fingerprint(with_values(base, {f: v}), DATA) for f, v in other.items()}
     prints |= {fingerprint(base, DATA), fingerprint(base, "1" * 64)}
     assert len(prints) == len(other) + 2
     trains = {f"train.{field.name}" for field in dataclasses.fields(base.train)}
-    assert trains <= set(training_fields(base))
+    assert trains - {"train.momentum"} <= set(training_fields(base))
+
+
+@pytest.mark.parametrize(
+    ("setting", "counts"),
+    [
+        ({"train.optimizer": "sgd"}, {"train.momentum": 0.5}),
+        ({"mask.algorithm": "edge-popup"}, {"mask.keep_fraction": 0.1}),
+        ({"mask.algorithm": "edge-popup"}, {"mask.budget": "erdos-renyi"}),
+        ({"family": "rotated"}, {"degrees": 45}),
+        ({"family": "split"}, {"classes_per_task": 5}),
+        ({"family": "split"}, {"class_order": "sorted"}),
+    ],
+)
+def test_some_fields_count_only_beside_others(setting, counts):
+    base = resolved(with_values(RunConfig(), setting))
+    assert fingerprint(with_values(base, counts), DATA) != fingerprint(base, DATA)
+
+
+def test_only_the_general_engine_trains_what_the_fast_ones_are_not_made_for():
+    here = {"device": "cpu", "native_bf16": False, "sparse": ("fp32",)}
+    for special in ({"family": "split"}, {"model.name": "bnnet"}, {"train.schedule": "cosine"}):
+        config = with_values(RunConfig(), special)
+        assert resolve(config, **here).train.engine == "general"
+        with pytest.raises(ConfigError, match="not made for"):
+            resolve(with_values(config, {"train.engine": "dense"}), **here)
 
 
 def test_the_fingerprint_needs_a_resolved_configuration():
