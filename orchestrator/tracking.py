@@ -104,9 +104,13 @@ class Outbox:
 
     def append(self, kind: str, **body: Any) -> None:
         """Add a record; it survives a power cut when this returns."""
-        line = json.dumps({"kind": kind, **body}, sort_keys=True) + "\n"
+        self.extend({"kind": kind, **body})
+
+    def extend(self, *records: Mapping[str, Any]) -> None:
+        """Add records, each with its ``kind``; they survive a power cut when this returns."""
+        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         with self._lock, self._records.open("ab") as file:
-            file.write(line.encode())
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -30,9 +30,11 @@ class TrialTracker:
 
     def begin(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Record that the run goes on, with its parameters and tags."""
-        self.outbox.append("status", status="RUNNING")
-        self.outbox.append("params", values={key: str(value) for key, value in params.items()})
-        self.outbox.append("tags", values=dict(tags))
+        self.outbox.extend(
+            {"kind": "status", "status": "RUNNING"},
+            {"kind": "params", "values": {key: str(value) for key, value in params.items()}},
+            {"kind": "tags", "values": dict(tags)},
+        )
         self._wake.set()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -47,8 +49,9 @@ class TrialTracker:
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:
         """Record the end; it is delivered later."""
-        self.outbox.append("tags", values=dict(tags))
-        self.outbox.append("status", status=status)
+        self.outbox.extend(
+            {"kind": "tags", "values": dict(tags)}, {"kind": "status", "status": status}
+        )
         self.closed = True
         self._wake.set()
 
