@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from typing import Any
 import ray
 import torch
 
+from orchestrator.reach import check_reachable
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line
@@ -26,7 +26,6 @@ from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
 
-_REACH_SECONDS = 5.0
 #: Workers of an embedded cluster that one core can be shared by: each takes about a gigabyte.
 _SHARE = 16
 
@@ -146,14 +145,14 @@ def _embedded(cores: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _running(address: str) -> Iterator[None]:
-    _check_reachable(address)
+    place = check_reachable(address)
     try:
         with _own_signal_handler():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster at {address!r} ({one_line(error)}); start one with "
-            "ray start --head, or leave --address out"
+            f"the Ray cluster at {place} can't be used from here ({one_line(error)}); give the "
+            "command on one of its nodes, or by ray job submit"
         ) from None
     try:
         yield
@@ -167,20 +166,6 @@ def _own_signal_handler() -> Iterator[None]:
     stop = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, stop)
-
-
-def _check_reachable(address: str) -> None:
-    """Fail at once where nobody listens: Ray itself tries for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "://" in address or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"no Ray cluster at {address!r} ({one_line(error)}); start one with "
-            "ray start --head, or leave --address out"
-        ) from None
 
 
 def _probe(gpus: int) -> Machine:
