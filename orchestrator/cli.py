@@ -14,7 +14,7 @@ import click
 import supsup
 from orchestrator import options
 from supsup.config import RunConfig
-from supsup.errors import ConfigError, RunFailed, UserError
+from supsup.errors import ConfigError, RunFailed, UserError, redacted
 from supsup.fields import with_values
 from supsup.recipes import PROTOCOLS, RECIPES
 
@@ -42,7 +42,7 @@ def cli() -> None:
     """Run SupSup (Supermasks in Superposition) on a laptop or a Ray cluster."""
     # Runs, tokens and databases are the user's alone.
     os.umask(0o077)
-    warnings.formatwarning = lambda message, *_args, **_names: f"warning: {message}\n"
+    warnings.formatwarning = lambda text, *_args, **_names: f"warning: {redacted(str(text))}\n"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -354,6 +354,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message.replace("\n", " "))
+    text = redacted(message.replace("\n", " "))
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     click.echo(f"supsup: {shown}", err=True)
     sys.exit(status)

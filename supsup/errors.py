@@ -5,10 +5,20 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+#: A name and password in an address; a value that is called a secret.
+_SECRET = re.compile(
+    r"(://)(?!/)[^\s'\"]*@|((?:password|token|secret)\s*[=:]\s*)[^\s&;,]+", re.IGNORECASE
+)
+
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """Return an error's text, or its type if it has none, on one line of limited length."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """Return an error's text, or its type if it has none, on one line without secrets."""
+    return " ".join(redacted(str(error)).split())[:limit] or type(error).__name__
+
+
+def redacted(text: str) -> str:
+    """Return a text without what looks like a name and password in an address, or a secret."""
+    return _SECRET.sub(lambda found: f"{found[1] or found[2]}***{'@' if found[1] else ''}", text)
 
 
 def shown(value: Any) -> str:
