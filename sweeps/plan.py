@@ -19,8 +19,9 @@ from sweeps.spec import SweepSpec, Values
 from sweeps.study import Record
 
 #: What changes the time that a task takes, besides the number of batches.
-_COST = ("dataset", "image_size", "model.name", "model.output_size", "train.batch_size",
-         "train.precision", "train.device", "train.engine")  # fmt: skip
+_COST = ("learner", "dataset", "image_size", "model.name", "model.output_size", "mask.algorithm",
+         "train.batch_size", "train.optimizer", "train.precision", "train.device",
+         "train.engine")  # fmt: skip
 #: Files of records that are looked through for rates, the newest first.
 _RATE_FILES = 200
 
@@ -109,14 +110,33 @@ def _cell(spec: SweepSpec, site: Site, values: Values, seed: int) -> Cell:
     )
 
 
-def check_site(spec: SweepSpec, site: Site) -> None:
-    """Check that a search's centre fits its data set and this machine."""
-    if spec.search is not None:
-        ends = {
-            path: x.choices[0] if x.choices is not None else x.low
-            for path, x in spec.search.space.items()
-        }
-        site.resolved(spec.config(ends, spec.seeds[0]))
+def search_ends(spec: SweepSpec, site: Site) -> list[RunConfig]:
+    """Return the first and the last corner of a search's space, resolved.
+
+    Raises:
+        UserError: if one of them doesn't fit its data set or this machine.
+    """
+    if spec.search is None:
+        return []
+    space = spec.search.space
+    first = {p: x.choices[0] if x.choices is not None else x.low for p, x in space.items()}
+    last = {p: x.choices[-1] if x.choices is not None else x.high for p, x in space.items()}
+    return [site.resolved(spec.config(corner, spec.seeds[0])) for corner in (first, last)]
+
+
+def most_seconds(
+    spec: SweepSpec, ends: Sequence[RunConfig], rates: Mapping[tuple[Any, ...], float]
+) -> float | None:
+    """Return the time to train a whole search on one worker, by its dearest corner, if known."""
+    if spec.search is None:
+        return None
+    known = [rates.get(cost_key(training_fields(config))) for config in ends]
+    times = [
+        rate * config.train.batches * config.tasks
+        for rate, config in zip(known, ends, strict=True)
+        if rate is not None
+    ]
+    return max(times) * spec.search.trials if len(times) == len(ends) else None
 
 
 def plan(
@@ -239,7 +259,7 @@ def _row(cells: Sequence[PlannedCell]) -> list[str]:
 def _summary(planned: Plan, workers: int, device: str) -> str:
     done = sum(cell.done for cell in planned.cells)
     seconds = planned.seconds
-    time = "unknown (nothing like it was recorded here)"
+    time = "unknown (nothing like it was recorded here, and the workers are elsewhere)"
     if seconds is not None:
         time = f"about {seconds / workers / 60:.1f} min on {workers} workers"
     unit = "GPUs" if device == "cuda" else "cores"
@@ -261,8 +281,10 @@ def line(planned: Plan, workers: int) -> str:
     )
 
 
-def search_table(spec: SweepSpec, records: Sequence[Record]) -> Table:
-    """Return the plan of a search."""
+def search_table(
+    spec: SweepSpec, records: Sequence[Record], most_seconds: float | None, workers: int
+) -> Table:
+    """Return the plan of a search; ``most_seconds``: training on one worker, nothing pruned."""
     search = spec.search
     if search is None:
         raise UserError(f"sweep {spec.name} is a grid")
@@ -273,9 +295,13 @@ def search_table(spec: SweepSpec, records: Sequence[Record]) -> Table:
         shown.add_row(path, ", ".join(map(str, x.choices)) if x.choices else bounds + step)
     done = sum(record.state in ("done", "pruned", "failed") for record in records)
     tasks = spec.config({}, spec.seeds[0]).tasks
+    time = "training time unknown"
+    if most_seconds is not None:
+        minutes = most_seconds / workers / 60
+        time = f"at most about {minutes:.1f} min of training on {workers} workers"
     shown.caption = (
         f"{search.trials} trials of {tasks} tasks by {search.sampler}, {done} ended; "
-        f"objectives {', '.join(search.objectives)}; {pruning(spec)}"
+        f"objectives {', '.join(search.objectives)}; {pruning(spec)}; {time}"
     )
     return shown
 

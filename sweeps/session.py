@@ -38,6 +38,7 @@ from supsup.manifest import Manifest
 from sweeps import plan as planning
 from sweeps import report as reporting
 from sweeps.banks import Banks, Site, data_key, open_bank
+from sweeps.calibrate import with_calibration
 from sweeps.driver import Ears, Opened, Ready, SweepJobs, Tracks, start_worker
 from sweeps.plan import Cell, Plan, pruning
 from sweeps.presets import NAMES, preset
@@ -127,11 +128,20 @@ def plan(spec: SweepSpec, options: Options) -> Table:
     with _cluster(spec, options) as cluster:
         site = Site(cluster.machine, options.data_dir)
         records = _known_records(spec, options)
+        rates = planning.recorded_rates(options.runs_dir)
         if spec.search is not None:
-            planning.check_site(spec, site)
-            return planning.search_table(spec, records)
+            ends = planning.search_ends(spec, site)
+            if options.address is None:
+                rates = with_calibration(rates, ends, site)
+            seconds = planning.most_seconds(spec, ends, rates)
+            return planning.search_table(spec, records, seconds, cluster.workers)
         banks = Banks(options.runs_dir, spec.recipe)
-        planned = _plan(spec, planning.grid_cells(spec, site), records, options, banks)
+        cells = planning.grid_cells(spec, site)
+        planned = _plan(spec, cells, records, rates, banks)
+        if options.address is None and planned.train:
+            to_train = [item.cell.config for item in planned.cells if item.train]
+            rates = with_calibration(rates, to_train, site)
+            planned = _plan(spec, cells, records, rates, banks)
         return planning.table(planned, cluster.workers, cluster.machine.device)
 
 
@@ -173,7 +183,7 @@ def work(spec: SweepSpec, options: Options, cluster: Cluster, shown: SweepProgre
         check_storage(options.storage)
     site = Site(cluster.machine, options.data_dir)
     cells = [] if spec.search else planning.grid_cells(spec, site)
-    planning.check_site(spec, site)
+    planning.search_ends(spec, site)
     folder = options.runs_dir / SWEEPS / spec.name
     if options.storage:
         # A database that can't be reached is said before anything is written.
@@ -184,7 +194,8 @@ def work(spec: SweepSpec, options: Options, cluster: Cluster, shown: SweepProgre
         _write_request(folder, spec, options)
         banks = Banks(options.runs_dir, spec.recipe)
         if cells:
-            planned = _plan(spec, cells, study.records(), options, banks)
+            rates = planning.recorded_rates(options.runs_dir)
+            planned = _plan(spec, cells, study.records(), rates, banks)
             shown.note(planning.line(planned, cluster.workers))
             order = in_turn([cell.fingerprint for cell in cells])
             study.enqueue([cells[i].params for i in order])
@@ -301,10 +312,13 @@ def _study(spec: SweepSpec, options: Options, folder: Path) -> SweepStudy:
 
 
 def _plan(
-    spec: SweepSpec, cells: list[Cell], records: list[Record], options: Options, banks: Banks
+    spec: SweepSpec,
+    cells: list[Cell],
+    records: list[Record],
+    rates: Mapping[tuple[Any, ...], float],
+    banks: Banks,
 ) -> Plan:
     states = planning.bank_states(banks, cells)
-    rates = planning.recorded_rates(options.runs_dir)
     return planning.plan(spec, cells, states, records, rates)
 
 

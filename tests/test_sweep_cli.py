@@ -1,6 +1,7 @@
 """The sweep commands: bad input is one line, and a killed sweep goes on."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,8 +88,21 @@ def test_a_plan_says_what_is_trained_and_writes_nothing(supsup, tmp_path):
     text = " ".join(out.split())
     assert status == 0
     assert "8 trials, 0 done; 32 tasks to train, 32 saved by sharing banks" in text
-    assert "unknown (nothing like it was recorded here)" in text
+    assert re.search(r"training time about \d+\.\d min on \d+ workers", text)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_of_a_search_says_how_long_it_takes_at_most(supsup, tmp_path):
+    (tmp_path / "search.toml").write_text(
+        'recipe = "permuted-digits"\n[base]\ntasks = 4\n[search]\ntrials = 5\n'
+        '[search.space."train.batches"]\nlow = 10\nhigh = 20\n'
+    )
+    status, out, _ = supsup("plan", "search.toml")
+    text = " ".join(out.split())
+    assert status == 0
+    assert "5 trials of 4 tasks by tpe, 0 ended" in text
+    assert re.search(r"at most about \d+\.\d min of training", text)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_every_preset_is_in_the_help(supsup):

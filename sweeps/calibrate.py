@@ -1,0 +1,56 @@
+"""How long a batch of a task takes on this machine, measured where no run has recorded it."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from orchestrator.worker import THREADS
+from supsup.config import RunConfig
+from supsup.identity import training_fields
+from supsup.train import BlockTrainer
+from sweeps.banks import Site
+from sweeps.plan import cost_key
+
+#: Steps before the clock starts, and the seconds that are timed at least.
+_WARM_STEPS, _TIMED_SECONDS = 3, 0.5
+
+
+def with_calibration(
+    rates: Mapping[tuple[Any, ...], float], configs: Iterable[RunConfig], site: Site
+) -> dict[tuple[Any, ...], float]:
+    """Return the rates, and those of configurations that have none, measured now.
+
+    Args:
+        rates: seconds per batch of a task on one worker, by ``plan.cost_key``.
+        configs: resolved configurations.
+        site: this machine, with the data sets.
+    """
+    known = dict(rates)
+    for config in configs:
+        key = cost_key(training_fields(config))
+        if config.learner == "supsup" and key not in known:
+            known[key] = _seconds_per_batch(config, site)
+    return known
+
+
+def _seconds_per_batch(config: RunConfig, site: Site) -> float:
+    """Train some tasks for a moment, as a worker would."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        engine = BlockTrainer(config, site.data(config)).engine
+        tasks = min(engine.tasks_at_once, config.block_size, config.tasks)
+        group, batches = engine.begin(range(tasks)), config.train.batches
+        for number in range(_WARM_STEPS):
+            group.step(number % batches)
+        steps, started = 0, time.perf_counter()
+        while time.perf_counter() - started < _TIMED_SECONDS:
+            group.step(steps % batches)
+            steps += 1
+        if config.train.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / steps / tasks
+    finally:
+        torch.set_num_threads(threads)
