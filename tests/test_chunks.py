@@ -28,6 +28,7 @@ def plain_chunks(config, data) -> list[list]:
     return chunks
 
 
+@pytest.mark.slow
 def test_chunks_are_learned_as_a_plain_loop_does_and_joined(tmp_path, crew, chunked, digits_16):
     sink = Silent()
     results = stream_run(tmp_path, chunked, digits_16, sink).work(crew)

@@ -88,6 +88,7 @@ def test_a_bad_job_hurts_itself_alone(moody_pool, tmp_path):
     assert sum(count for (_, kind), count in retries.items() if kind == "died") >= 4
 
 
+@pytest.mark.slow
 def test_workers_that_die_and_die_stop_the_run(moody_pool, monkeypatch):
     monkeypatch.setattr(pool, "MAX_DEATHS_IN_A_ROW", 2)
     with pytest.raises(PoolBroken, match="3 workers died in a row"):
@@ -114,6 +115,7 @@ def test_the_last_job_waits_for_whoever_is_free(moody_pool):
     assert seen == [[0, 1], [0, 1], [0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_bank(workers, cluster, quick, digits, bank, trained):
     assert run_on(cluster, workers, quick, digits, bank) == []
@@ -147,6 +149,7 @@ def test_killed_workers_lose_nothing(cluster, quick, digits, bank, trained):
     assert (bank.read(range(8)).masks == trained.masks).all()
 
 
+@pytest.mark.slow
 def test_jobs_queued_behind_a_killer_are_run_again(cluster):
     """One worker, so that the killer always has one of the others behind it."""
     remote = ray.remote(Moody).options(num_cpus=1)

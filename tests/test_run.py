@@ -100,6 +100,7 @@ def test_killed_and_resumed_gives_the_same_bank(whole, tmp_path):
     assert sha256(tmp_path, "killed") == sha256(whole, "whole")
 
 
+@pytest.mark.slow
 def test_stopped_says_how_to_go_on(tmp_path):
     """Two runs side by side: Ctrl-C stops one, SIGTERM the other."""
     commands = {}
@@ -123,6 +124,7 @@ def test_stopped_says_how_to_go_on(tmp_path):
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
     """Continues the module's run; needs no name, for its fingerprint is known."""
     before = sha256(whole, "whole")

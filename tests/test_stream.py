@@ -132,6 +132,7 @@ def test_a_killed_run_goes_on_to_the_same_bank(
     assert all(checkpoint.evaluation for checkpoint in results.checkpoints)
 
 
+@pytest.mark.slow
 def test_dead_workers_lose_nothing(
     tmp_path, monkeypatch, crew, learned, open_config, digits_16
 ):  # fmt: skip

@@ -70,6 +70,7 @@ def test_a_resumed_run_continues_its_mlflow_run_and_doubles_nothing(folder):
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MLflow can't be reached")
 def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeypatch, free_port):
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
