@@ -14,7 +14,7 @@ import click
 import supsup
 from orchestrator import options
 from supsup.config import RunConfig
-from supsup.errors import ConfigError, RunFailed, UserError, redacted
+from supsup.errors import ConfigError, RunFailed, UserError, plain, redacted
 from supsup.fields import with_values
 from supsup.recipes import PROTOCOLS, RECIPES
 
@@ -355,7 +355,5 @@ def main() -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    text = redacted(message.replace("\n", " "))
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    click.echo(f"supsup: {shown}", err=True)
+    click.echo(f"supsup: {plain(message)}", err=True)
     sys.exit(status)

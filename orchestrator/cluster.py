@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 from orchestrator.reach import check_reachable
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
@@ -88,7 +89,7 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
         started = functools.partial(_embedded, cores)
         yield _cluster(this_machine(), gpus, cores, workers, device, started)
         return
-    with _running(address):
+    with joined(address):
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         yield _cluster(_probe(gpus), gpus, cores, workers, device, contextlib.nullcontext)
@@ -144,7 +145,12 @@ def _embedded(cores: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(address: str) -> Iterator[None]:
+def joined(address: str) -> Iterator[str]:
+    """Be a driver of a running cluster; gives its HOST:PORT.
+
+    Raises:
+        UserError: if there is none, or it doesn't let this process in.
+    """
     place = check_reachable(address)
     try:
         with _own_signal_handler():
@@ -155,9 +161,14 @@ def _running(address: str) -> Iterator[None]:
             "command on one of its nodes, or by ray job submit"
         ) from None
     try:
-        yield
+        yield place
     finally:
         ray.shutdown()
+
+
+def is_elastic() -> bool:
+    """Say whether an autoscaler adds nodes to the joined cluster when they are asked for."""
+    return is_autoscaler_v2(fetch_from_server=True)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def plain(text: str) -> str:
+    """Return a text that no terminal takes for a command: one line, without secrets."""
+    line = redacted(text.replace("\n", " "))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """Return a question that names the word meant, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)

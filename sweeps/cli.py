@@ -10,6 +10,8 @@ import click
 
 from orchestrator import options
 from orchestrator.cli import cli, main
+from supsup.config import DATASETS
+from supsup.errors import plain
 
 if TYPE_CHECKING:
     from sweeps.session import Options, Outcome
@@ -119,6 +121,39 @@ def report(name: str, **given: Any) -> None:
     from sweeps import session
 
     _finish(session.report(name, _given(given)))
+
+
+@cli.command()
+@click.option(
+    "--address", metavar="RAY", help="running Ray cluster whose nodes to ask too, such as auto"
+)
+@options.runs_dir
+@options.data_dir
+@click.option(
+    "--dataset",
+    type=click.Choice(DATASETS),
+    help="data set that must be there  [whichever are there must be right]",
+)
+@options.tracking_uri
+@_storage
+def doctor(storage: str | None, **given: Any) -> None:
+    """Say what this machine and a cluster can and can't do, and how to mend it.
+
+    The exit status is 0 if a run would work, else 1.
+    """
+    from orchestrator.doctor import Question, examine
+    from orchestrator.finding import works
+    from sweeps import doctor as studies
+
+    given |= {"runs_dir": Path(given["runs_dir"]), "data_dir": given["data_dir"] or ""}
+    findings = [*examine(Question(**given)), *studies.storage(storage)]
+    marks = {"ok": "green", "warn": "yellow", "fail": "red"}
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        mark = click.style(f"{finding.level:4}", fg=marks[finding.level])
+        click.echo(f"{mark}  {finding.what:{width}}  {plain(finding.text)}")
+    if not works(findings):
+        sys.exit(1)
 
 
 @contextmanager
