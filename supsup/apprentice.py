@@ -19,11 +19,11 @@ from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import NonFiniteLoss
 from supsup.masking import initial_scores, pack
-from supsup.material import as_tensor
+from supsup.material import Material, as_tensor
 from supsup.members import Packed, Scores
 from supsup.models import Layer
 from supsup.streams import Segment
-from supsup.train import BlockTrainer
+from supsup.train import RESUMABLE_ENGINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class LocalTrainer:
             data: the data set of the run.
         """
         self._config = config
-        self._blocks = BlockTrainer(config, data)
-        self._material = self._blocks.material
+        self._material = Material(config, data)
+        self._engine = RESUMABLE_ENGINES[config.train.engine](self._material)
         self._weights = [weight_OI[None] for weight_OI in self._material.weights]
 
     def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
@@ -66,12 +66,12 @@ class LocalTrainer:
             NonFiniteLoss: if the loss of the last batch is not finite.
         """
         left = batches_left(self._config, state.batches)
-        group = self._blocks.engine.resume(
+        group = self._engine.resume(
             self._weights, *map(self._by_layer, (state.scores_W, state.square_avg_W))
         )
         done = state.batches
         for images_BP, labels_B in itertools.islice(segment.batches(), left):
-            batch = self._blocks.engine.batch(as_tensor(images_BP), as_tensor(labels_B))
+            batch = self._engine.batch(as_tensor(images_BP), as_tensor(labels_B))
             group.learn(batch, done)
             done += 1
         scores_W, square_avg_W = (

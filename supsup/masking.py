@@ -1,8 +1,9 @@
-"""Supermasks: their initial scores, their threshold, and their packed form.
+"""Supermasks: their initial scores, what makes a mask of scores, and their packed form.
 
 Shapes: T tasks, O outputs and I inputs of a layer, B bytes of a packed mask.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -11,10 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from supsup.config import MaskConfig
 from supsup.models import Layer
 from supsup.seeding import generator
 
 BIT_ORDER: Final = "little"
+#: The part of a layer that an Erdős-Rényi budget keeps at most.
+ERDOS_RENYI_MOST = 0.5
 
 
 def initial_scores(root: int, task: int, layer: Layer) -> npt.NDArray[np.float32]:
@@ -23,6 +27,58 @@ def initial_scores(root: int, task: int, layer: Layer) -> npt.NDArray[np.float32
     stream = generator(root, "scores", task, layer.name)
     uniform = stream.random((layer.outputs, layer.inputs), dtype=np.float32)
     return (2 * uniform - 1) * bound
+
+
+def budgets(mask: MaskConfig, layers: Sequence[Layer]) -> list[int]:
+    """Return how many weights of each layer an edge-popup mask keeps, one at least.
+
+    Uniform: the part ``keep_fraction`` of each. Erdős-Rényi: a part of each in proportion to
+    ``(outputs + inputs) / weights``, inputs counted in channels, at most half of it, so that they
+    add up to ``keep_fraction`` of all (paper, Section 4.1; Mocanu et al. 2018).
+    """
+    parts = [mask.keep_fraction] * len(layers)
+    if mask.budget == "erdos-renyi":
+        parts = _erdos_renyi(mask.keep_fraction, layers)
+    return [max(1, round(part * layer.weights)) for part, layer in zip(parts, layers, strict=True)]
+
+
+def _erdos_renyi(keep_fraction: float, layers: Sequence[Layer]) -> list[float]:
+    """Return the part that is kept of each layer: one scale for all that aren't full by it."""
+    ratios = [(x.outputs + (x.kernel[0] if x.kernel else x.inputs)) / x.weights for x in layers]
+    order = sorted(range(len(layers)), key=lambda i: -ratios[i])
+    left = keep_fraction * sum(layer.weights for layer in layers)
+    parts = [0.0] * len(layers)
+    for place, i in enumerate(order):
+        # Those before are full; if the densest of the others isn't, all of them share one scale.
+        scale = left / sum(ratios[j] * layers[j].weights for j in order[place:])
+        parts[i] = min(ERDOS_RENYI_MOST, scale * ratios[i])
+        left -= parts[i] * layers[i].weights
+    return parts
+
+
+def make_masks(mask: MaskConfig, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Return the masks, boolean [T, O, I] per layer, that scores [T, O, I] stand for."""
+    if mask.algorithm == "threshold":
+        return [scores_TOI >= 0 for scores_TOI in scores]
+    return [
+        largest(scores_TOI, keep)
+        for scores_TOI, keep in zip(scores, budgets(mask, layers), strict=True)
+    ]
+
+
+def largest(scores_TOI: Tensor, keep: int) -> Tensor:
+    """Return where the ``keep`` largest of each task's |scores| are; of equal ones, the first.
+
+    Scores that are not a number count as the largest.
+    """
+    sizes_TW = scores_TOI.detach().abs().flatten(1).nan_to_num(math.inf)
+    least_T1 = sizes_TW.kthvalue(sizes_TW.shape[1] - keep + 1, dim=1, keepdim=True).values
+    above_TW = sizes_TW > least_T1
+    equal_TW = sizes_TW == least_T1
+    wanted_T1 = keep - above_TW.sum(1, keepdim=True)
+    if bool((equal_TW.sum(1, keepdim=True) > wanted_T1).any()):
+        equal_TW &= equal_TW.cumsum(1) <= wanted_T1
+    return (above_TW | equal_TW).view(scores_TOI.shape)
 
 
 def mask_bytes(layers: Sequence[Layer]) -> int:

@@ -3,6 +3,7 @@
 Shapes: T tasks, N images, B images of a batch, P pixels, O outputs and I inputs of a layer.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -11,13 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from supsup.config import RunConfig
+from supsup.config import MLPS, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError
-from supsup.masking import initial_scores, pack
+from supsup.masking import initial_scores, make_masks, pack
 from supsup.models import Layer, fixed_weights, make_layers
+from supsup.nets import Net, make_module
 from supsup.seeding import generator
-from supsup.tasks import inverse, permutation
+from supsup.tasks import inverse, permutation, task_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 #: Test images that go through the network at once.
@@ -28,15 +30,33 @@ def layers_of(config: RunConfig, data: Dataset) -> tuple[Layer, ...]:
     """Return the layers of the run's network over this data set.
 
     Raises:
-        ConfigError: if the network has fewer outputs than the data has classes.
+        ConfigError: if the network has fewer outputs than a task has classes, there are fewer
+            tasks than the run wants, or the network isn't made for such images.
     """
-    size = config.model.output_size
-    if size < data.classes:
+    size, classes = config.model.output_size, task_family(config, data).classes
+    if size < classes:
+        of = f"a task of {data.name}" if config.family == "split" else data.name
         raise ConfigError(
-            f"model.output_size is {size}, must be at least {data.classes}, the classes of "
-            f"{data.name}"
+            f"model.output_size is {size}, must be at least {classes}, the classes of {of}"
         )
-    return make_layers(config.model.name, data.pixels, size)
+    if config.model.name in MLPS:
+        return make_layers(config.model.name, data.pixels, size)
+    return net_of(config, data).layers
+
+
+def net_of(config: RunConfig, data: Dataset) -> Net:
+    """Return the run's network over this data set, as a function of weights and statistics.
+
+    Raises:
+        ConfigError: if the network isn't made for such images.
+    """
+    module = make_module(config.model.name, data.shape, config.model.output_size)
+    return Net(module, data.shape)
+
+
+def statistics_of(config: RunConfig, data: Dataset) -> int:
+    """Return how many statistics batch norm keeps of a task; 0 without batch norm."""
+    return 0 if config.model.name in MLPS else net_of(config, data).statistics
 
 
 def batch_indices(root: int, images: int, batch: int, batches: int) -> npt.NDArray[np.int64]:
@@ -50,9 +70,9 @@ def batch_indices(root: int, images: int, batch: int, batches: int) -> npt.NDArr
 
 def learning_rate(config: RunConfig, batch: int) -> float:
     """Return the rate at a batch of a task, counted from 0."""
-    if config.train.schedule == "constant":
-        return config.train.learning_rate
-    return config.train.learning_rate * (1 - batch / config.train.batches)
+    part = batch / config.train.batches
+    falling = {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}
+    return config.train.learning_rate * falling[config.train.schedule]
 
 
 def as_tensor(array: npt.NDArray[np.generic]) -> Tensor:
@@ -77,6 +97,9 @@ class Material:
         self.device = torch.device(config.train.device)
         self.dtype = DTYPES[config.train.precision]
         self.layers = layers_of(config, data)
+        self.family = task_family(config, data)
+        # The general engine permutes images, the others weights.
+        self._permuted = config.train.engine != "general"
         self.weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self.layers)]
         train = config.train
         order = batch_indices(config.seed, len(data.train_images), train.batch_size, train.batches)
@@ -100,10 +123,9 @@ class Material:
     def initial_state(self, tasks: range) -> tuple[list[Tensor], list[Tensor]]:
         """Return fixed weights and initial scores [T, O, I] per layer.
 
-        The columns of the first layer are in each task's pixel order, so that they meet images
-        whose pixels are not permuted.
+        Where the engine permutes weights, the columns of the first layer are in each task's pixel
+        order, so that they meet images whose pixels are not permuted.
         """
-        orders = self._orders(tasks)
         weights = [weight_OI.expand(len(tasks), -1, -1) for weight_OI in self.weights]
         scores = [
             torch.stack(
@@ -111,6 +133,9 @@ class Material:
             )
             for layer in self.layers
         ]
+        if not self._permuted:
+            return weights, scores
+        orders = self._orders(tasks)
         undone = [inverse(order) for order in orders]
         return [_columns(weights[0], undone), *weights[1:]], [
             _columns(scores[0], undone),
@@ -119,8 +144,8 @@ class Material:
 
     def packed_masks(self, tasks: range, scores: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
         """Return the masks [T, bytes] of trained scores, in the order of the fixed weights."""
-        first, *rest = [scores_TOI >= 0 for scores_TOI in scores]
-        return pack([_columns(first, self._orders(tasks)), *rest])
+        first, *rest = make_masks(self.config.mask, self.layers, scores)
+        return pack([_columns(first, self._orders(tasks)) if self._permuted else first, *rest])
 
     def _orders(self, tasks: range) -> list[npt.NDArray[np.int64]]:
         pixels = self.layers[0].inputs

@@ -23,11 +23,19 @@ MODELS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer without bias."""
+    """One linear or convolutional layer without bias, as a matrix."""
 
     name: str
     outputs: int
     inputs: int
+    """Weights of an output: fan_in."""
+    kernel: tuple[int, ...] = ()
+    """Input channels of a group, rows and columns of a convolution's kernel; () if linear."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weights as the network has them."""
+        return (self.outputs, *(self.kernel or (self.inputs,)))
 
     @property
     def weights(self) -> int:
@@ -58,9 +66,8 @@ def fixed_weights(root: int, layers: Sequence[Layer]) -> list[npt.NDArray[np.flo
 
 
 def _signed_kaiming_constant(root: int, layer: Layer) -> npt.NDArray[np.float32]:
-    signs = generator(root, "weights", layer.name, layer.outputs, layer.inputs).integers(
-        0, 2, size=(layer.outputs, layer.inputs), dtype=np.int8
-    )
+    stream = generator(root, "weights", layer.name, layer.outputs, layer.inputs, *layer.kernel)
+    signs = stream.integers(0, 2, size=(layer.outputs, layer.inputs), dtype=np.int8)
     constant = np.float32(math.sqrt(2 / layer.inputs))
     return np.where(signs == 1, constant, -constant)
 

@@ -4,13 +4,14 @@ Permuting a task's pixels equals permuting the columns of its first layer,
 ``(x P) Wᵀ = x (W P⁻¹)ᵀ``. So tasks that are trained together share one batch of unpermuted images,
 each with its own permuted copy of the weights and scores; the mask is put back into the order of
 the weights when it is packed. What multiplies is an engine: ``dense`` (supsup.dense) anywhere,
-``sparse`` (supsup.sparse) where most pixels are background.
+``sparse`` (supsup.sparse) where most pixels are background. Other networks, mask algorithms,
+optimisers and tasks are the ``general`` engine's (supsup.general), which permutes no weights.
 
 Shapes: T tasks, B images of a batch, S output neurons, C classes.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.dense import DenseEngine
 from supsup.errors import NonFiniteLoss
+from supsup.general import GeneralEngine, GeneralGroup
 from supsup.identity import resolve
 from supsup.material import Material
 from supsup.sparse import SparseEngine, mostly_background, sparse_precisions
@@ -35,20 +37,17 @@ class TaskGroup(Protocol):
     def step(self, number: int) -> None:
         """Train all tasks on a batch of the run's own order."""
 
-    def learn(self, batch: Any, number: int) -> None:
-        """Train all tasks on what the engine's ``batch`` returned, as their ``number``-th."""
-
     def logits(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the logits [T, B, S] of a training batch as the masks are, and its labels [B]."""
+        """Return the logits [T, B, S] of a training batch as the masks are, and its labels.
+
+        They are shared [B], or the tasks' own [T, B].
+        """
 
     def test_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the logits [T, B, S] of the test images, and labels [B], in order."""
+        """Yield the logits [T, B, S] of the test images, and labels [B] or [T, B], in order."""
 
     def scores(self) -> list[Tensor]:
         """Return the scores [T, O, I] per layer."""
-
-    def square_avgs(self) -> list[Tensor]:
-        """Return RMSprop's mean squares [T, O, I] per layer."""
 
 
 class Engine(Protocol):
@@ -61,18 +60,36 @@ class Engine(Protocol):
     def begin(self, tasks: range) -> TaskGroup:
         """Return the state of some tasks, untrained."""
 
+
+class LearningGroup(TaskGroup, Protocol):
+    """Masks in training together, on batches that come from elsewhere."""
+
+    def learn(self, batch: Any, number: int) -> None:
+        """Train all masks on what the engine's ``batch`` returned, as their ``number``-th."""
+
+    def square_avgs(self) -> list[Tensor]:
+        """Return RMSprop's mean squares [T, O, I] per layer."""
+
+
+class ResumableEngine(Engine, Protocol):
+    """An engine whose training can stop, and go on from what it left."""
+
     def resume(
         self, weights: Sequence[Tensor], scores: Sequence[Tensor], square_avgs: Sequence[Tensor]
-    ) -> TaskGroup:
+    ) -> LearningGroup:
         """Return masks in training, from weights and state [T, O, I] per layer."""
 
     def batch(self, images_BP: Tensor, y_B: Tensor) -> Any:
         """Return images, uint8 [B, P], and labels as ``learn`` takes them; good until the next."""
 
 
-ENGINES: dict[str, type[DenseEngine] | type[SparseEngine]] = {
+RESUMABLE_ENGINES: Mapping[str, Callable[[Material], ResumableEngine]] = {
     "dense": DenseEngine,
     "sparse": SparseEngine,
+}
+ENGINES: Mapping[str, Callable[[Material], Engine]] = {
+    **RESUMABLE_ENGINES,
+    "general": GeneralEngine,
 }
 
 
@@ -85,6 +102,8 @@ class TrainedBlock:
     gg_correct: npt.NDArray[np.int64]
     loss: npt.NDArray[np.float32]
     seconds: float
+    statistics: npt.NDArray[np.float32] | None = None
+    """Of batch norm, per task [T, statistics]; None without batch norm."""
 
 
 def native_bf16(device: str) -> bool:
@@ -115,7 +134,7 @@ class BlockTrainer:
             data: the data set of the run; its arrays may be read-only.
         """
         self.material = Material(config, data)
-        self.engine: Engine = ENGINES[config.train.engine](self.material)
+        self.engine = ENGINES[config.train.engine](self.material)
 
     def train(self, tasks: range) -> TrainedBlock:
         """Train the masks of some tasks. The result doesn't depend on which share the block.
@@ -126,34 +145,30 @@ class BlockTrainer:
         started = time.perf_counter()
         size = self.engine.tasks_at_once
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-        parts = [self._train_group(group) for group in groups]
-        masks, correct, losses = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return TrainedBlock(
-            first=tasks.start,
-            masks=masks,
-            gg_correct=correct,
-            loss=losses,
-            seconds=time.perf_counter() - started,
-        )
+        parts = [self._train_group(group, self.engine.begin(group)) for group in groups]
+        return join_blocks(parts, time.perf_counter() - started)
 
-    def _train_group(
-        self, tasks: range
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return masks [T, bytes], test images that are right [T], and last losses [T]."""
+    def _train_group(self, tasks: range, group: TaskGroup) -> TrainedBlock:
+        """Train tasks that are trained together; the time is not taken."""
         batches = self.material.config.train.batches
-        group = self.engine.begin(tasks)
         for number in range(batches):
             group.step(number)
         losses = _losses(*group.logits(batches - 1))
         if not np.isfinite(losses).all():
             bad = tasks[int(np.flatnonzero(~np.isfinite(losses))[0])]
             raise NonFiniteLoss(f"task {bad}: the loss is not finite; lower train.learning_rate")
-        masks = self.material.packed_masks(tasks, group.scores())
-        return masks, self._correct(group), losses
+        return TrainedBlock(
+            first=tasks.start,
+            masks=self.material.packed_masks(tasks, group.scores()),
+            gg_correct=self._correct(group),
+            loss=losses,
+            seconds=0.0,
+            statistics=group.statistics() if isinstance(group, GeneralGroup) else None,
+        )
 
     def _correct(self, group: TaskGroup) -> npt.NDArray[np.int64]:
         """Return how many test images [T] each task has right."""
-        classes = self.material.data.classes
+        classes = self.material.family.classes
         hits = [
             (logits_TBS[..., :classes].argmax(-1) == y_B).sum(-1)
             for logits_TBS, y_B in group.test_logits()
@@ -161,9 +176,22 @@ class BlockTrainer:
         return torch.stack(hits).sum(0).cpu().numpy()
 
 
+def join_blocks(parts: Sequence[TrainedBlock], seconds: float) -> TrainedBlock:
+    """Join blocks of adjoining tasks, in order, into one that took so many seconds."""
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    return TrainedBlock(
+        first=parts[0].first,
+        masks=np.concatenate([part.masks for part in parts]),
+        gg_correct=np.concatenate([part.gg_correct for part in parts]),
+        loss=np.concatenate([part.loss for part in parts]),
+        seconds=seconds,
+        statistics=np.concatenate(statistics) if statistics else None,
+    )
+
+
 def _losses(logits_TBS: Tensor, y_B: Tensor) -> npt.NDArray[np.float32]:
     """Return the mean cross-entropy [T]."""
-    target_TB = y_B.expand(len(logits_TBS), -1)
+    target_TB = y_B.expand(len(logits_TBS), logits_TBS.shape[1])
     loss_TB = functional.cross_entropy(
         logits_TBS.float().transpose(1, 2), target_TB, reduction="none"
     )
