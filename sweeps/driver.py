@@ -1,8 +1,8 @@
 """The driver: several trials at the same time over one pool of workers.
 
-``SweepJobs`` is the source of the pool's jobs. Each trial is a ``RunJobs`` on an ordinary run
-folder; the next job is of the trial with the fewest at work, so that all go on alike and no
-worker idles. Trials of one bank take turns: what one has trained, the next finds there.
+``SweepJobs`` is the source of the pool's jobs. Each trial is a source itself (``TrialJobs``), on an
+ordinary run folder; the next job is of the trial with the fewest at work, so that all go on alike
+and no worker idles. Trials of one bank take turns: what one has trained, the next finds there.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.cluster import Cluster
-from orchestrator.coordinator import RunJobs
-from orchestrator.pool import Failure, Job
+from orchestrator.pool import Failure, Job, JobSource
 from orchestrator.report import label
 from orchestrator.worker import THREADS, WorkerSetup
 from supsup.config import RunConfig
@@ -58,11 +57,34 @@ class Ready:
     fingerprint: str
 
 
+class TrialJobs(JobSource, Protocol):
+    """A run as a trial: the jobs that train and evaluate it, in this order a checkpoint at a time.
+
+    A job's method is one of ``TaskWorker``; the driver adds the run's setup and data to its
+    arguments. What a checkpoint measured goes to the ``MetricSink`` that the jobs were made with,
+    which is the trial's ``Ears``; the trial is done if there is a checkpoint at its last task.
+    """
+
+    failures: list[str]
+    """What was given up, and why; none: all went well."""
+
+    @property
+    def trained(self) -> int:
+        """Tasks trained by this driver."""
+
+    @property
+    def widest(self) -> int:
+        """Jobs that can ever run side by side, at most; 0 if there is nothing to do."""
+
+    def drop_rest(self) -> None:
+        """Start no more jobs; what workers have in hand is still taken."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """What a trial works with, once its bank is open and locked."""
 
-    jobs: RunJobs
+    jobs: TrialJobs
     setup: WorkerSetup
     data: Any
     """Reference of the data set."""
@@ -82,7 +104,7 @@ class Prepares(Protocol):
 
 
 class Ears:
-    """Hears what a trial's ``RunJobs`` tells: metrics of a checkpoint, progress, notes."""
+    """Hears what a trial's ``TrialJobs`` tell: metrics of a checkpoint, progress, notes."""
 
     def __init__(
         self,
@@ -119,9 +141,7 @@ class Ears:
         """Begin to count something."""
 
     def advance(self, what: str, by: int) -> None:
-        """Count on."""
-        if what == "tasks trained":
-            self._progress.trained(by)
+        """Count on: the driver counts the tasks of all trials itself."""
 
     def note(self, text: str) -> None:
         """Pass on what should stay visible: not a checkpoint's summary, there are too many."""
@@ -153,7 +173,7 @@ class _Active:
     problem: str = ""
 
     @property
-    def jobs(self) -> RunJobs:
+    def jobs(self) -> TrialJobs:
         return self.opened.jobs
 
 
@@ -226,7 +246,9 @@ class SweepJobs:
             active.jobs.done(inner, result)
         except (UserError, RunFailed) as error:
             active.problem = active.problem or str(error)
-        self.tally.trained += active.jobs.trained - before
+        if trained := active.jobs.trained - before:
+            self.tally.trained += trained
+            self._progress.trained(trained)
         if active.ears.pruned_at is not None or active.problem:
             active.jobs.drop_rest()
         self._study.sign()
@@ -269,7 +291,7 @@ class SweepJobs:
         opened = active.opened
         tag = (active.ready.trial.number, job.tag)
         self._of[tag] = active, job
-        return Job(job.method, (opened.setup, opened.data, *job.args), tag)
+        return Job("call", (opened.setup, opened.data, job.method, *job.args), tag)
 
     def _start(self) -> bool:
         """Start a trial; say whether there was one to start."""

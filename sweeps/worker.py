@@ -6,10 +6,9 @@ from typing import Any
 
 import ray
 
-from orchestrator.worker import TaskWorker, Trained, WorkerSetup
+from orchestrator.worker import TaskWorker, WorkerSetup
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
-from supsup.evaluate import Evaluation
 
 
 def setup_for(config: RunConfig, weights_sha256: str) -> WorkerSetup:
@@ -26,13 +25,9 @@ class SweepWorker:
         self._keep = keep
         self._workers: OrderedDict[WorkerSetup, TaskWorker] = OrderedDict()
 
-    def train(self, setup: WorkerSetup, data: Dataset, *args: Any) -> Trained:
-        """Train a block of a run: see ``TaskWorker``."""
-        return self._worker(setup, data).train(*args)
-
-    def evaluate(self, setup: WorkerSetup, data: Dataset, *args: Any) -> Evaluation:
-        """Evaluate tasks of a run: see ``TaskWorker``."""
-        return self._worker(setup, data).evaluate(*args)
+    def call(self, setup: WorkerSetup, data: Dataset, method: str, *args: Any) -> Any:
+        """Call a method of a run's ``TaskWorker``."""
+        return getattr(self._worker(setup, data), method)(*args)
 
     def _worker(self, setup: WorkerSetup, data: Dataset) -> TaskWorker:
         if setup not in self._workers:

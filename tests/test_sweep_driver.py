@@ -128,8 +128,8 @@ def loop(jobs, keep=2):
     """Work off all jobs; return which trial each was of."""
     worker, seen = SweepWorker(keep), []
     while job := jobs.next_job():
-        seen.append((job.tag[0], job.method))
-        jobs.done(job, getattr(worker, job.method)(*job.args))
+        seen.append((job.tag[0], job.args[2]))
+        jobs.done(job, worker.call(*job.args))
     return seen
 
 
@@ -152,7 +152,7 @@ def test_trials_go_on_alike_as_many_as_may(plain, quick):
     assert jobs.next_job() is None
     worker = SweepWorker(2)
     for job in jobs_now:
-        jobs.done(job, getattr(worker, job.method)(*job.args))
+        jobs.done(job, worker.call(*job.args))
     assert {trial for trial, _ in loop(jobs)} == {0, 1, 2}
 
 
@@ -163,7 +163,7 @@ def test_a_failed_arm_does_not_stop_the_others(plain, quick):
         if job.tag == (0, ("train", range(2, 4))):
             jobs.failed(job, Failure("raised", "NonFiniteLoss: task 2"))
         else:
-            jobs.done(job, getattr(worker, job.method)(*job.args))
+            jobs.done(job, worker.call(*job.args))
     first, second = study.records()
     assert (first.state, second.state) == ("failed", "done")
     assert "NonFiniteLoss: task 2" in first.reason
@@ -224,7 +224,7 @@ def test_a_worker_keeps_the_runs_that_it_used_last(quick, digits):
     for seed in (0, 1, 2, 1):
         config = dataclasses.replace(quick, seed=seed)
         setups.append(setup_for(config, make_manifest(config, digits).weights_sha256))
-        worker.train(setups[-1], digits, range(1))
+        worker.call(setups[-1], digits, "train", range(1))
     assert list(worker._workers) == [setups[2], setups[1]]
     other = dataclasses.replace(quick, tasks=3, scenario="gns")
     assert setup_for(other, "0") == setup_for(quick, "0")
