@@ -33,7 +33,13 @@ from supsup.masking import padding_is_zero
 from supsup.train import TrainedBlock
 
 _BLOCK_NAME = re.compile(r"tasks-(\d{9})-(\d{9})\.safetensors")
-_ROW_TENSORS = {"masks": np.uint8, "gg_correct": np.int64, "loss": np.float32}
+#: What a block holds of every task, in the order of the checksum.
+_ROW_TENSORS = {
+    "masks": np.uint8,
+    "gg_correct": np.int64,
+    "loss": np.float32,
+    "statistics": np.float32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Rows:
     masks: npt.NDArray[np.uint8]
     gg_correct: npt.NDArray[np.int64]
     loss: npt.NDArray[np.float32]
+    statistics: npt.NDArray[np.float32]
+    """Of batch norm [T, statistics]; of no width without batch norm, and not stored then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +164,12 @@ class Bank:
             BankError: if the block doesn't fit this bank, or the disk fails.
         """
         tasks = range(block.first, block.first + len(block.masks))
-        rows = Rows(masks=block.masks, gg_correct=block.gg_correct, loss=block.loss)
+        statistics = block.statistics
+        if statistics is None:
+            statistics = np.empty((len(tasks), 0), np.float32)
+        rows = Rows(
+            masks=block.masks, gg_correct=block.gg_correct, loss=block.loss, statistics=statistics
+        )
         problem = self._misfit(rows)
         if problem:
             raise BankError(f"block of task {block.first} doesn't fit {self.path}: {problem}")
@@ -244,6 +257,7 @@ class Bank:
             masks=np.empty((count, self.manifest.mask_bytes), np.uint8),
             gg_correct=np.empty(count, np.int64),
             loss=np.empty(count, np.float32),
+            statistics=np.empty((count, self.manifest.statistics), np.float32),
         )
         for wanted, part in self._read_through(tasks):
             place = slice(wanted.start - tasks.start, wanted.stop - tasks.start)
@@ -275,7 +289,12 @@ class Bank:
     def _misfit(self, rows: Rows) -> str | None:
         manifest = self.manifest
         count = len(rows.masks)
-        shapes = {"masks": (count, manifest.mask_bytes), "gg_correct": (count,), "loss": (count,)}
+        shapes = {
+            "masks": (count, manifest.mask_bytes),
+            "gg_correct": (count,),
+            "loss": (count,),
+            "statistics": (count, manifest.statistics),
+        }
         for name, shape in shapes.items():
             array = getattr(rows, name)
             if array.shape != shape or array.dtype != _ROW_TENSORS[name] or not count:
@@ -292,7 +311,7 @@ class Bank:
         # One metadata key: safetensors doesn't promise an order for several.
         header = {"bank": self.manifest.fingerprint, "first": tasks.start, "last": tasks[-1]}
         tensors = {
-            **{name: np.ascontiguousarray(getattr(rows, name)) for name in _ROW_TENSORS},
+            **{name: np.ascontiguousarray(getattr(rows, name)) for name in self._stored()},
             "crc32": _crc32(rows),
         }
         return safetensors.numpy.save(tensors, metadata={"supsup": json.dumps(header)})
@@ -326,10 +345,12 @@ class Bank:
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {}).get("supsup", "{}"))
-                slices = {name: file.get_slice(name) for name in (*_ROW_TENSORS, "crc32")}
+                slices = {name: file.get_slice(name) for name in (*self._stored(), "crc32")}
                 counts = {part.get_shape()[0] for part in slices.values()}
                 crc32 = slices.pop("crc32")[local]
-                rows = Rows(**{name: part[local] for name, part in slices.items()})
+                read = {name: part[local] for name, part in slices.items()}
+                read.setdefault("statistics", np.empty((len(wanted), 0), np.float32))
+                rows = Rows(**read)
         except (safetensors.SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
             raise BankError(self._damaged(block, path, f"unreadable ({one_line(error)})")) from None
         expected = {"bank": self.manifest.fingerprint, "first": block.start, "last": block[-1]}
@@ -343,19 +364,21 @@ class Bank:
             raise BankError(self._damaged(block, path, problem))
         return rows
 
+    def _stored(self) -> list[str]:
+        """Return what a block of this bank holds of every task."""
+        return [name for name in _ROW_TENSORS if name != "statistics" or self.manifest.statistics]
+
     def _damaged(self, block: range, path: Path, reason: str) -> str:
         return f"{path.name} (tasks {block.start} to {block[-1]}) is damaged: {reason}"
 
 
 def _crc32(rows: Rows) -> npt.NDArray[np.int64]:
     """Return a CRC-32 per task over everything that the block holds of it."""
-    return np.array(
-        [
-            zlib.crc32(loss.tobytes(), zlib.crc32(correct.tobytes(), zlib.crc32(mask)))
-            for mask, correct, loss in zip(rows.masks, rows.gg_correct, rows.loss, strict=True)
-        ],
-        dtype=np.int64,
-    )
+    checksums = np.zeros(len(rows.masks), np.int64)
+    for name in _ROW_TENSORS:
+        for i, row in enumerate(getattr(rows, name)):
+            checksums[i] = zlib.crc32(row.tobytes(), int(checksums[i]))
+    return checksums
 
 
 def _crc_problem(rows: Rows, crc32: npt.NDArray[np.int64], tasks: range) -> str | None:

@@ -18,8 +18,9 @@ from supsup.errors import BankError
 from supsup.fields import from_dict, to_dict
 from supsup.identity import fingerprint
 from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
-from supsup.material import layers_of
+from supsup.material import layers_of, statistics_of
 from supsup.models import Layer, fixed_weights, weights_sha256
+from supsup.tasks import task_family
 
 FORMAT_VERSION = 1
 
@@ -38,6 +39,8 @@ class Manifest:
     dataset_sha256: str
     versions: dict[str, str]
     device: str
+    statistics: int = 0
+    """Statistics of batch norm per task; 0 without batch norm."""
 
     @property
     def mask_bytes(self) -> int:
@@ -53,7 +56,7 @@ def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
         fingerprint=fingerprint(config, data.sha256),
         config=config,
         layers=layers,
-        classes=data.classes,
+        classes=task_family(config, data).classes,
         test_images=len(data.test_images),
         weights_sha256=weights_sha256(fixed_weights(config.seed, layers)),
         dataset_sha256=data.sha256,
@@ -64,6 +67,7 @@ def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
             "python": platform.python_version(),
         },
         device=_device_name(config.train.device),
+        statistics=statistics_of(config, data),
     )
 
 
@@ -116,8 +120,10 @@ def parse_manifest(file: Path, text: bytes) -> Manifest:
     if stored != _checksum(body):
         raise BankError(f"{file} is damaged: its checksum doesn't match")
     layers = [
-        Layer(name=x["name"], outputs=x["outputs"], inputs=x["inputs"]) for x in body["layers"]
+        Layer(x["name"], x["outputs"], x["inputs"], tuple(x.get("kernel", ())))
+        for x in body["layers"]
     ]
     names = [field.name for field in dataclasses.fields(Manifest)]
-    values = {name: body[name] for name in names}
+    # Banks of before there was batch norm don't say that they have no statistics.
+    values = {name: body[name] for name in names if name in body}
     return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})

@@ -87,7 +87,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(hidden)) + self.shortcut(x)).relu()
+        summed: Tensor = self.norm2(self.conv2(hidden)) + self.shortcut(x)
+        return summed.relu()
 
 
 class GemResNet18(nn.Module):
