@@ -21,14 +21,8 @@ from orchestrator.coordinator import MetricSink
 from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
-from orchestrator.stream import (
-    EVALUATED,
-    LEARNED,
-    always,
-    evaluate_masks,
-    fill_bank,
-    mask_accuracy,
-)
+from orchestrator.stream import always, evaluate_masks, fill_bank
+from orchestrator.stream_book import EVALUATED, LEARNED, mask_accuracy
 from orchestrator.stream_report import StreamCheckpoint, StreamResults, metrics, summary
 from supsup.bank import Bank
 from supsup.config import RunConfig
