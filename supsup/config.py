@@ -113,6 +113,15 @@ class TrainConfig:
         Literal["constant", "linear", "cosine"],
         _setting("learning rate over the batches of a task: constant, or falling to 0"),
     ] = "linear"
+    trunk_learning_rate: Annotated[
+        float,
+        _setting(
+            "learners batche and heads: rate of task 1, which trains weights that all tasks share; "
+            "0: learning_rate",
+            ge=0,
+            le=1e3,
+        ),
+    ] = 0.0
     momentum: Annotated[float, _setting("momentum of sgd", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, _setting("L2 penalty on the scores", ge=0, le=1)] = 0.0
     alpha: Annotated[float, _setting("RMSprop's smoothing constant", ge=0, lt=1)] = 0.99

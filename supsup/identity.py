@@ -62,6 +62,7 @@ def needs_general(config: RunConfig) -> str:
     They train permuted tasks of an MLP without batch norm: RMSprop, thresholds, random scores.
     """
     special = {
+        f"learner {config.learner}": config.learner != "supsup",
         f"family {config.family}": config.family != "permuted",
         f"model.name {config.model.name}": config.model.name not in MLPS,
         f"mask.algorithm {config.mask.algorithm}": config.mask.algorithm != "threshold",
@@ -108,6 +109,7 @@ _OF_OPTIMIZER = {
     "train.momentum": ("sgd",),
 }
 _OF_EDGE_POPUP = ("mask.keep_fraction", "mask.budget")
+_OF_TRUNK = ("batche", "heads")
 
 
 def _counts(config: RunConfig, name: str) -> bool:
@@ -116,6 +118,10 @@ def _counts(config: RunConfig, name: str) -> bool:
         return config.family == _OF_FAMILY[name]
     if name in _OF_OPTIMIZER:
         return config.train.optimizer in _OF_OPTIMIZER[name]
+    if name == "train.trunk_learning_rate":
+        return config.learner in _OF_TRUNK
+    if name.startswith("mask.") and config.learner != "supsup":
+        return False
     return name not in _OF_EDGE_POPUP or config.mask.algorithm == "edge-popup"
 
 

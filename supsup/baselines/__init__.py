@@ -1,0 +1,1 @@
+"""Baselines: other ways to learn tasks one after another, by the same tasks, nets and measures."""
