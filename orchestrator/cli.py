@@ -236,6 +236,25 @@ def ui(runs_dir: str, port: int) -> None:
     serve(Path(runs_dir), port)
 
 
+@cli.command()
+@click.argument("names", metavar="[RUN...|all]", nargs=-1)
+@options.runs_dir
+@options.tracking_uri
+def sync(names: tuple[str, ...], runs_dir: str, tracking_uri: str | None) -> None:
+    """Deliver to MLflow what it has not got yet of some runs and sweeps, or of all.
+
+    Runs that a kill left RUNNING there are KILLED afterwards; those at work are left alone.
+    """
+    from orchestrator.sync import sync
+
+    nothing = True
+    for delivery in sync(Path(runs_dir), names, tracking_uri):
+        nothing = False
+        click.echo(plain(str(delivery)))
+    if nothing:
+        click.echo("MLflow has everything already")
+
+
 # --- what the commands share -----------------------------------------------------------------
 
 
@@ -289,7 +308,7 @@ def _finish(outcome: "Outcome", runs_dir: str) -> None:
     if not outcome.delivered:
         click.echo(
             "MLflow has not got all records; they are kept, and delivered by: "
-            + _again("resume", outcome.folder.name, runs_dir),
+            + _again("sync", outcome.folder.name, runs_dir),
             err=True,
         )
     if outcome.failures:

@@ -230,7 +230,7 @@ class _Task:
         )
         if self._config.scenario == "nns":
             return self._work_stream(store, launch, report_dir, started)
-        with _tracking(self._folder, store, launch) as tracking:
+        with _tracking(self._folder, store, launch, self._reporter) as tracking:
             if self._train:
                 tracking.tracker.begin(*self._description())
             jobs = RunJobs(
@@ -270,7 +270,7 @@ class _Task:
     def _work_stream(
         self, store: Store, launch: Launch, report_dir: Path, started: float
     ) -> Outcome:
-        with _tracking(self._folder, store, launch) as tracking:
+        with _tracking(self._folder, store, launch, self._reporter) as tracking:
             if self._train:
                 tracking.tracker.begin(*self._description())
             stream = self._stream_run(tracking.tracker)
@@ -373,9 +373,12 @@ class _Tracking:
 
 
 @contextmanager
-def _tracking(folder: RunFolder, store: Store, launch: Launch) -> Iterator[_Tracking]:
+def _tracking(
+    folder: RunFolder, store: Store, launch: Launch, reporter: Reporter
+) -> Iterator[_Tracking]:
     """Track a run; however it ends, its MLflow run ends with it."""
-    tracking = _Tracking(Tracker(folder.path, store, folder.name, launch.identity))
+    tracker = Tracker(folder.path, store, folder.name, launch.identity, reporter.note)
+    tracking = _Tracking(tracker)
     try:
         yield tracking
     except (KeyboardInterrupt, SystemExit):

@@ -1,32 +1,34 @@
 """MLflow tracking behind a durable outbox: the run never waits for a server, and loses nothing.
 
-Records are appended to ``records.jsonl`` in the run folder and synced. A thread delivers them to
-MLflow in order and remembers how far it got; a resumed run delivers what is left. A record that
-was delivered just before a crash is delivered again: MLflow stores a metric with equal key, step,
-time and value once, and everything else is set, not added.
+Records are appended to the outbox in the run folder (orchestrator.outbox). A thread delivers them
+to MLflow in order; a resumed run, or ``supsup sync``, delivers what is left.
 """
 
-import json
 import os
 import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.outbox import RECORDS, Address, Outbox, cannot_reach, deliver
 from supsup.errors import ConfigError, one_line
-from supsup.files import write_atomically
 
 EXPERIMENT = "supsup"
 IDENTITY_TAG = "supsup.identity"
 #: Opens the experiment in the page's view for training runs, not in the one for language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _RETRY_SECONDS = 20.0
-_CLOSE_SECONDS = 60.0
-_HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+#: Seconds without a delivered record after which a command's end waits no longer: for a server,
+#: which may be away, and for a store on this machine, which may have to be made first.
+_SERVER_SECONDS, _LOCAL_SECONDS = 20.0, 60.0
+#: Seconds after which it is said that the end of a command waits.
+_SAY_SECONDS = 5.0
+#: No retries within a request: one that arrived without its answer would make a run twice.
+_HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Store:
     uri: str
     artifacts: Path | None
     """Folder of the artifacts of a local store; None leaves it to the server."""
+    given: str | None = None
+    """The tracking URI that names it; None: it is the store of the runs folder."""
 
 
 def local_store(runs_dir: Path) -> Store:
@@ -64,8 +68,9 @@ def store_for(tracking_uri: str | None, runs_dir: Path) -> Store:
         if not path.parent.is_dir():
             raise ConfigError(f"the tracking URI's folder {path.parent} doesn't exist; create it")
         _check_sqlite(path)
-        return Store(uri=tracking_uri, artifacts=path.parent / "mlflow-artifacts")
-    return Store(uri=tracking_uri, artifacts=None)
+        artifacts = path.parent / "mlflow-artifacts"
+        return Store(uri=tracking_uri, artifacts=artifacts, given=tracking_uri)
+    return Store(uri=tracking_uri, artifacts=None, given=tracking_uri)
 
 
 def _check_sqlite(path: Path) -> None:
@@ -91,61 +96,17 @@ def experiment_id(store: Store) -> str:
     return str(client.create_experiment(EXPERIMENT, location, tags=_EXPERIMENT_TAGS))
 
 
-class Outbox:
-    """The records of one run, on disk, and how many of them were delivered."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open the outbox in a run's folder, or begin one."""
-        self._records = folder / "records.jsonl"
-        self._position = folder / "records-delivered.json"
-        self._lock = threading.Lock()
-        if self._records.exists():
-            self._drop_torn_line()
-
-    def append(self, kind: str, **body: Any) -> None:
-        """Add a record; it survives a power cut when this returns."""
-        self.extend({"kind": kind, **body})
-
-    def extend(self, *records: Mapping[str, Any]) -> None:
-        """Add records, each with its ``kind``; they survive a power cut when this returns."""
-        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
-        with self._lock, self._records.open("ab") as file:
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def pending(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the records not delivered yet, and the position behind them."""
-        start = self._delivered()
-        with self._lock:
-            if not self._records.exists():
-                return [], start
-            with self._records.open("rb") as file:
-                file.seek(start)
-                content = file.read()
-        return [json.loads(line) for line in content.splitlines()], start + len(content)
-
-    def mark_delivered(self, position: int) -> None:
-        """Remember that everything before the position was delivered."""
-        write_atomically(self._position, json.dumps({"position": position}).encode())
-
-    def _delivered(self) -> int:
-        try:
-            return int(json.loads(self._position.read_bytes())["position"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-
-    def _drop_torn_line(self) -> None:
-        content = self._records.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._records, whole)
-
-
 class Tracker:
     """The one writer of a run's MLflow run. Warns; never stops the run."""
 
-    def __init__(self, folder: Path, store: Store, name: str, identity: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        name: str,
+        identity: str,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Start to deliver what the outbox holds.
 
         Args:
@@ -153,28 +114,31 @@ class Tracker:
             store: where MLflow keeps runs.
             name: the run's name, as it is shown.
             identity: finds this run's MLflow run again.
+            note: told when the end of the run waits for MLflow.
         """
-        self._folder = folder
+        self._folder, self._store, self._note = folder, store, note
         self._outbox = Outbox(folder)
+        self._outbox.send_to(Address(name=name, identity=identity, tracking_uri=store.given))
         self._sink = MlflowSink(store, name, identity)
         self._wake = threading.Event()
         self._closing = False
         self._warned = False
+        self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._deliver_all, name="tracking", daemon=True)
         self._thread.start()
 
     def begin(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Record that the run goes on, with its parameters and tags."""
-        self._outbox.append("status", status="RUNNING")
-        self._outbox.append("params", values={key: str(value) for key, value in params.items()})
-        self._outbox.append("tags", values=dict(tags))
+        self._outbox.extend(
+            {"kind": "status", "status": "RUNNING"},
+            {"kind": "params", "values": {key: str(value) for key, value in params.items()}},
+            {"kind": "tags", "values": dict(tags)},
+        )
         self._wake.set()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics; the step is the number of tasks learned."""
-        self._outbox.append(
-            "metrics", values=dict(values), step=step, timestamp=int(time.time() * 1000)
-        )
+        self._outbox.metrics(values, step)
         self._wake.set()
 
     def artifact(self, path: Path) -> None:
@@ -182,12 +146,15 @@ class Tracker:
         self._outbox.append("artifact", path=str(path.relative_to(self._folder)))
 
     def close(self, status: str) -> bool:
-        """Record the end, wait a while for delivery, and say whether all was delivered."""
+        """Record the end, wait as long as records get through, and say whether all did."""
         self._outbox.append("status", status=status)
-        self._closing = True
+        self._closing, self._moved = True, time.monotonic()
         self._wake.set()
-        self._thread.join(_CLOSE_SECONDS)
-        return not self._outbox.pending()[0]
+        wait_for(self._thread, self._store, lambda: self._moved, self._note)
+        return not self._outbox.pending()
+
+    def _moves(self) -> None:
+        self._moved = time.monotonic()
 
     def _deliver_all(self) -> None:
         while True:
@@ -202,24 +169,43 @@ class Tracker:
                 self._wake.set()
 
     def _deliver(self) -> bool:
-        records, position = self._outbox.pending()
         try:
-            for record in records:
-                self._sink.apply(record, self._folder)
+            deliver(self._outbox, self._sink, self._moves)
         # Whatever a server, a database or a network does, the run goes on.
         except Exception as error:  # noqa: BLE001
             if not self._warned:
-                warnings.warn(
-                    f"MLflow can't be reached ({type(error).__name__}: {one_line(error)}); "
-                    "records are kept in the run folder and delivered later",
-                    stacklevel=1,
-                )
+                warnings.warn(cannot_reach(error, "the run's folder"), stacklevel=1)
                 self._warned = True
             return False
-        if records:
-            self._outbox.mark_delivered(position)
         self._warned = False
         return True
+
+
+def patience(store: Store) -> float:
+    """Return the seconds without a delivered record after which a command waits no longer."""
+    return _SERVER_SECONDS if store.artifacts is None else _LOCAL_SECONDS
+
+
+def wait_for(
+    thread: threading.Thread,
+    store: Store,
+    moved: Callable[[], float],
+    note: Callable[[str], None],
+) -> None:
+    """Wait for a delivering thread as long as records get through.
+
+    Args:
+        thread: what delivers.
+        store: where to.
+        moved: when a record last got through, by the monotonic clock.
+        note: told that the command waits, once it does.
+    """
+    said, started = False, time.monotonic()
+    while thread.is_alive() and time.monotonic() - moved() < patience(store):
+        thread.join(0.2)
+        if not said and time.monotonic() - started > _SAY_SECONDS:
+            said = True
+            note(f"waiting for MLflow, until nothing gets through for {patience(store):.0f} s")
 
 
 class MlflowSink:
@@ -229,8 +215,8 @@ class MlflowSink:
         self, store: Store, name: str, identity: str, parent: "MlflowSink | None" = None
     ) -> None:
         """Name the MLflow run, and that which it is shown under."""
-        self._store, self._name, self._identity = store, name, identity
-        self._parent = parent
+        self._store, self._parent = store, parent
+        self.name, self.identity = name, identity
         self._client: Any = None
         self._run_id = ""
 
@@ -242,10 +228,21 @@ class MlflowSink:
         return self._run_id
 
     def apply(self, record: Mapping[str, Any], folder: Path) -> None:
-        """Send a record of the outbox in that folder."""
+        """Send a record of the outbox in that folder. Warns of one that MLflow will never take."""
         if self._client is None:
             self._connect()
-        getattr(self, f"_{record['kind']}")(record, folder)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            getattr(self, f"_{record['kind']}")(record, folder)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            warnings.warn(
+                f"MLflow refuses {record['kind']} of {self.name} ({one_line(error)}); "
+                f"they are left out, and kept in {folder / RECORDS}",
+                stacklevel=1,
+            )
 
     def _connect(self) -> None:
         for name, value in _HTTP_LIMITS.items():
@@ -255,15 +252,15 @@ class MlflowSink:
         client = mlflow.MlflowClient(tracking_uri=self._store.uri)
         experiment = experiment_id(self._store)
         found = client.search_runs(
-            [experiment], f"tags.`{IDENTITY_TAG}` = '{self._identity}'", max_results=1
+            [experiment], f"tags.`{IDENTITY_TAG}` = '{self.identity}'", max_results=1
         )
         if found:
             self._run_id = found[0].info.run_id
         else:
-            tags = {IDENTITY_TAG: self._identity}
+            tags = {IDENTITY_TAG: self.identity}
             if self._parent is not None:
                 tags["mlflow.parentRunId"] = self._parent.run_id
-            created = client.create_run(experiment, tags=tags, run_name=self._name)
+            created = client.create_run(experiment, tags=tags, run_name=self.name)
             self._run_id = created.info.run_id
         self._client = client
 

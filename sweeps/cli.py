@@ -193,7 +193,7 @@ def _finish(outcome: "Outcome") -> None:
     click.echo(f"report      {outcome.files[0].parent}")
     if not outcome.delivered:
         click.echo(
-            "MLflow has not got all records; they are kept, and delivered by resume", err=True
+            "MLflow has not got all records; they are kept, and delivered by supsup sync", err=True
         )
     for text in outcome.failures:
         click.echo(text, err=True)

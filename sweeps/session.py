@@ -24,10 +24,11 @@ from rich.table import Table
 
 from orchestrator.cluster import Cluster, connect
 from orchestrator.coordinator import RunJobs
+from orchestrator.outbox import Outbox
 from orchestrator.pool import WorkerPool
 from orchestrator.runfolder import SWEEPS, Launch, check_name, check_runs_dir
 from orchestrator.session import git_commit
-from orchestrator.tracking import Outbox, store_for
+from orchestrator.tracking import store_for
 from supsup.bank import locked
 from supsup.config import RunConfig, checkpoints
 from supsup.errors import ConfigError, UserError
@@ -201,7 +202,7 @@ def work(spec: SweepSpec, options: Options, cluster: Cluster, shown: SweepProgre
             study.enqueue([cells[i].params for i in order])
         else:
             shown.note(f"sweep {spec.name}: a search, {pruning(spec)}")
-        deliveries = Deliveries(store)
+        deliveries = Deliveries(store, shown.note)
         sweep = _Sweep(spec, options, cluster, site, banks, folder, study, deliveries, shown)
         return sweep.work(started)
 
@@ -516,7 +517,10 @@ class _Sweep:
     def _deliver_leftovers(self) -> None:
         """Take up what an earlier driver couldn't deliver of trials that have ended."""
         for folder in sorted((self._folder / "trials").glob("*")):
-            if Outbox(folder).pending()[0]:
+            box = Outbox(folder)
+            if box.last_status() == "RUNNING":
+                box.append("status", status="KILLED")
+            if box.pending():
                 self._child(int(folder.name)).closed = True
 
     def _tags(self) -> dict[str, str]:

@@ -1,21 +1,19 @@
 """MLflow for a sweep: a parent run, its trials as children, delivered by one thread.
 
-Each has an outbox in its own folder (see orchestrator.tracking): nothing waits for a server.
+Each has an outbox in its own folder (see orchestrator.outbox): nothing waits for a server.
 """
 
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking import MlflowSink, Outbox, Store
-from supsup.errors import one_line
+from orchestrator.outbox import Address, Outbox, cannot_reach, deliver
+from orchestrator.tracking import MlflowSink, Store, wait_for
 
 _RETRY_SECONDS = 20.0
-#: Seconds without a delivered record after which the end of a sweep waits no longer.
-_CLOSE_SECONDS = 60.0
 
 
 class TrialTracker:
@@ -39,8 +37,7 @@ class TrialTracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics; the step is the number of tasks learned."""
-        timestamp = int(time.time() * 1000)
-        self.outbox.append("metrics", values=dict(values), step=step, timestamp=timestamp)
+        self.outbox.metrics(values, step)
         self._wake.set()
 
     def artifact(self, path: Path) -> None:
@@ -59,9 +56,9 @@ class TrialTracker:
 class Deliveries:
     """Delivers the records of all trackers in turn. Warns; never stops the sweep."""
 
-    def __init__(self, store: Store) -> None:
-        """Start the thread."""
-        self._store = store
+    def __init__(self, store: Store, note: Callable[[str], None] = lambda text: None) -> None:
+        """Start the thread; ``note`` is told when the end of the sweep waits for MLflow."""
+        self._store, self._note = store, note
         self._trackers: list[TrialTracker] = []
         self._wake = threading.Event()
         self._closing = False
@@ -76,6 +73,10 @@ class Deliveries:
         """Return the tracker of an MLflow run, and deliver what its outbox holds already."""
         sink = MlflowSink(self._store, name, identity, parent.sink if parent else None)
         tracker = TrialTracker(folder, sink, self._wake)
+        above = (parent.sink.name, parent.sink.identity) if parent else None
+        tracker.outbox.send_to(
+            Address(name=name, identity=identity, tracking_uri=self._store.given, parent=above)
+        )
         self._trackers.append(tracker)
         return tracker
 
@@ -83,9 +84,8 @@ class Deliveries:
         """Wait as long as records get through, and say whether all did."""
         self._closing, self._moved = True, time.monotonic()
         self._wake.set()
-        while self._thread.is_alive() and time.monotonic() - self._moved < _CLOSE_SECONDS:
-            self._thread.join(0.2)
-        return not any(tracker.outbox.pending()[0] for tracker in list(self._trackers))
+        wait_for(self._thread, self._store, lambda: self._moved, self._note)
+        return not any(tracker.outbox.pending() for tracker in list(self._trackers))
 
     def _work(self) -> None:
         while True:
@@ -101,26 +101,20 @@ class Deliveries:
 
     def _deliver(self, tracker: TrialTracker) -> bool:
         closed = tracker.closed
-        records, position = tracker.outbox.pending()
         try:
-            for record in records:
-                tracker.sink.apply(record, tracker.folder)
+            deliver(tracker.outbox, tracker.sink, self._moves)
         # Whatever a server, a database or a network does, the sweep goes on.
         except Exception as error:  # noqa: BLE001
             self._warn(error)
             return False
-        if records:
-            tracker.outbox.mark_delivered(position)
-            self._moved = time.monotonic()
         if closed:
             self._trackers.remove(tracker)
         return True
 
+    def _moves(self) -> None:
+        self._moved = time.monotonic()
+
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"MLflow can't be reached ({type(error).__name__}: {one_line(error)}); "
-                "records are kept in the sweep's folder and delivered by the next resume",
-                stacklevel=1,
-            )
+            warnings.warn(cannot_reach(error, "the sweep's folder"), stacklevel=1)

@@ -9,7 +9,8 @@ import urllib.request
 import pytest
 
 from orchestrator import tracking
-from orchestrator.tracking import EXPERIMENT, IDENTITY_TAG, Outbox, Tracker, local_store, store_for
+from orchestrator.outbox import Outbox
+from orchestrator.tracking import EXPERIMENT, IDENTITY_TAG, Tracker, local_store, store_for
 from supsup.errors import ConfigError
 
 
@@ -64,6 +65,8 @@ def test_a_resumed_run_continues_its_mlflow_run_and_doubles_nothing(folder):
     (folder / "records-delivered.json").unlink()
     tracker = Tracker(folder, store, "one", "identity-1")
     tracker.begin({"seed": 0}, {"device": "cpu"})
+    # The checkpoints are told again by every command of the run.
+    tracker.metrics({"gg/accuracy": 0.8}, 25)
     assert tracker.close("FINISHED")
     client, (run,) = runs_in(store)
     check_all(client, run)
@@ -73,7 +76,7 @@ def test_a_resumed_run_continues_its_mlflow_run_and_doubles_nothing(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MLflow can't be reached")
 def test_a_server_that_comes_late_gets_everything_once(folder, tmp_path, monkeypatch, free_port):
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    monkeypatch.setattr(tracking, "_SERVER_SECONDS", 30.0)
     store = store_for(f"http://127.0.0.1:{free_port}", folder.parent)
     tracker = record_all(folder, store)
     assert not tracker.close("FINISHED")
@@ -106,27 +109,58 @@ def wait_for(url: str) -> None:
     raise AssertionError(f"{url} didn't come up")
 
 
-def test_the_outbox_survives_a_torn_line(tmp_path):
-    outbox = Outbox(tmp_path)
-    outbox.append("metrics", values={"a": 1.0})
-    with (tmp_path / "records.jsonl").open("ab") as file:
-        file.write(b'{"kind": "metr')
-    again = Outbox(tmp_path)
-    again.append("status", status="FINISHED")
-    records, position = again.pending()
-    assert [record["kind"] for record in records] == ["metrics", "status"]
-    again.mark_delivered(position)
-    assert again.pending() == ([], position)
-    again.append("status", status="RUNNING")
-    assert [record["status"] for record in again.pending()[0]] == ["RUNNING"]
+class BlackHole:
+    """A sink of a server that takes connections and never answers."""
+
+    def __init__(self, *_args):
+        pass
+
+    def apply(self, record, folder):
+        time.sleep(60)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"position": "x"}', "[]"])
-def test_a_lost_position_delivers_again(tmp_path, content):
-    outbox = Outbox(tmp_path)
-    outbox.append("status", status="FINISHED")
-    (tmp_path / "records-delivered.json").write_text(content)
-    assert len(outbox.pending()[0]) == 1
+def test_the_end_of_a_command_does_not_wait_long_for_a_silent_server(folder, monkeypatch):
+    monkeypatch.setattr(tracking, "_SERVER_SECONDS", 0.6)
+    monkeypatch.setattr(tracking, "_SAY_SECONDS", 0.1)
+    monkeypatch.setattr(tracking, "MlflowSink", BlackHole)
+    said = []
+    store = store_for("http://127.0.0.1:1", folder.parent)
+    tracker = Tracker(folder, store, "one", "identity-1", said.append)
+    tracker.begin({}, {})
+    started = time.monotonic()
+    assert not tracker.close("FINISHED")
+    assert time.monotonic() - started < 5
+    assert said == ["waiting for MLflow, until nothing gets through for 1 s"]
+    assert len(Outbox(folder).pending()) == 4
+
+
+def test_a_slow_server_is_waited_for_as_long_as_records_get_through(folder, monkeypatch):
+    class Slow(BlackHole):
+        def apply(self, record, folder):
+            time.sleep(0.2)
+
+    monkeypatch.setattr(tracking, "_SERVER_SECONDS", 0.8)
+    monkeypatch.setattr(tracking, "MlflowSink", Slow)
+    tracker = Tracker(folder, store_for("http://127.0.0.1:1", folder.parent), "one", "identity-1")
+    for step in range(8):
+        tracker.metrics({"a": 1.0}, step)
+    assert tracker.close("FINISHED")
+
+
+@pytest.mark.slow
+def test_what_mlflow_will_never_take_keeps_nothing_else_from_it(folder):
+    store = local_store(folder.parent)
+    tracker = record_all(folder, store)
+    assert tracker.close("KILLED")
+    again = Tracker(folder, store, "one", "identity-1")
+    again._outbox.append("params", values={"seed": "1"})
+    again._outbox.append("tags", values={"device": "gpu"})
+    with pytest.warns(UserWarning, match="MLflow refuses params of one"):
+        delivered = again.close("FINISHED")
+    assert delivered
+    _, (run,) = runs_in(store)
+    assert run.data.params == {"seed": "0"}
+    assert run.data.tags["device"] == "gpu"
 
 
 @pytest.mark.parametrize(
