@@ -27,6 +27,8 @@ from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
 
+#: Seconds in which an autoscaler must have added a node: a machine, an image, packages.
+_NODE_SECONDS = 1800.0
 #: Workers of an embedded cluster that one core can be shared by: each takes about a gigabyte.
 _SHARE = 16
 
@@ -90,9 +92,13 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
         yield _cluster(this_machine(), gpus, cores, workers, device, started)
         return
     with joined(address):
+        elastic = is_elastic()
+        if elastic:
+            _await_first_node(workers, device)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        yield _cluster(_probe(gpus), gpus, cores, workers, device, contextlib.nullcontext)
+        machine = _probe(gpus)
+        yield _cluster(machine, gpus, cores, workers, device, contextlib.nullcontext, elastic)
 
 
 def _cluster(
@@ -102,12 +108,13 @@ def _cluster(
     workers: int | None,
     device: str,
     started: Callable[[], AbstractContextManager[None]],
+    elastic: bool = False,
 ) -> Cluster:
     """Return the cluster, checked for what the workers need."""
     if device != "auto":
         machine = dataclasses.replace(machine, device=device)
     capacity = gpus if machine.device == "cuda" else cores // THREADS
-    if capacity < (workers or 1):
+    if capacity < (workers or 1) and not elastic:
         unit = "GPUs" if machine.device == "cuda" else "cores"
         raise UserError(
             f"--workers {workers or 1} needs as many {unit}, the cluster has {capacity}; "
@@ -164,6 +171,27 @@ def joined(address: str) -> Iterator[str]:
         yield place
     finally:
         ray.shutdown()
+
+
+def _await_first_node(workers: int | None, device: str) -> None:
+    """Have the autoscaler add a node that can train, unless there is one."""
+    gpus = 1 if device == "cuda" else 0
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if resources.get("GPU" if gpus else "CPU", 0) >= 1:
+        return
+    if workers is None:
+        raise UserError(
+            "the cluster has no worker yet, and an autoscaler; say how many it is to add: "
+            "--workers N"
+        )
+    ask = ray.remote(this_machine).options(num_cpus=THREADS, num_gpus=gpus)
+    try:
+        ray.get(ask.remote(), timeout=_NODE_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise UserError(
+            f"the autoscaler added no node in {_NODE_SECONDS / 60:.0f} minutes; see ray status, "
+            "and whether the cloud has any"
+        ) from None
 
 
 def is_elastic() -> bool:
