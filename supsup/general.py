@@ -9,6 +9,7 @@ output neurons.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -130,8 +131,8 @@ class GeneralGroup:
         return self._statistics_TS.cpu().numpy() if self._engine.net.statistics else None
 
     def _forward(self, masked: Sequence[Tensor], images_TBP: Tensor, *, training: bool) -> Tensor:
-        logits = vmap(self._engine.net.logits, in_dims=(0, 0, 0, None))
-        logits_TBS: Tensor = logits(list(masked), self._statistics_TS, images_TBP, training)
+        logits = vmap(partial(self._engine.net.logits, training=training))
+        logits_TBS: Tensor = logits(list(masked), self._statistics_TS, images_TBP)
         return logits_TBS
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Shapes: B images of a batch, C channels, S output neurons, O outputs and I input
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,7 +29,7 @@ _BNNET_UNITS = 2048
 
 
 class TaskNorm(nn.Module):
-    """Batch norm without affine parameters, in fp32; its statistics are those of a task."""
+    """Batch norm without affine parameters, in the precision of a task's statistics."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -44,7 +45,11 @@ class TaskNorm(nn.Module):
         """Normalise [B, C, ...]: in training by the batch, which moves the statistics."""
         statistics = self.running_mean, self.running_var
         normal = functional.batch_norm(
-            x.float(), *statistics, training=self.training, momentum=self.momentum, eps=self.eps
+            x.to(self.running_mean.dtype),
+            *statistics,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
         )
         return normal.to(x.dtype)
 
@@ -143,10 +148,13 @@ def _torchvision_module(name: str, shape: Shape, output_size: int) -> nn.Module:
             f"model.name is torchvision:{shown(name)}, must be one of torchvision's classifiers, "
             f"such as resnet18 and resnet50{near(name, known)}"
         )
-    module: nn.Module = models.get_model(name, weights=None, num_classes=output_size)
+    with warnings.catch_warnings():
+        # Some say how slow their initialisation is, which is none here.
+        warnings.simplefilter("ignore")
+        module: nn.Module = models.get_model(name, weights=None, num_classes=output_size)
     prepare(module, shape[0])
     try:
-        logits = module.eval()(torch.empty(2, *shape))
+        logits = module(torch.empty(2, *shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"model.name is torchvision:{name}, which doesn't take images of {shape[0]} x "
@@ -250,7 +258,7 @@ class Net:
         return torch.cat([torch.empty(0), *parts]).repeat(tasks, 1)
 
     def logits(
-        self, weights: Sequence[Tensor], statistics: Tensor, images_BP: Tensor, training: bool
+        self, weights: Sequence[Tensor], statistics: Tensor, images_BP: Tensor, *, training: bool
     ) -> Tensor:
         """Return the logits [B, S] of one network; in training, its statistics move.
 
