@@ -183,9 +183,7 @@ class BaselineLearner:
 
     def normalised(self, images_NP: Images) -> Tensor:
         """Return images as they enter the network, fp32."""
-        data = self._data
-        pixels = as_tensor(images_NP).to(self._device).float()
-        return (pixels / data.scale - data.mean) / data.std
+        return normalised(self._data, images_NP).to(self._device)
 
     def _tensors(self, task: int, arrays: Arrays) -> dict[str, Tensor]:
         """Return copies of arrays on the device, and the task's rotations."""
@@ -197,6 +195,11 @@ class BaselineLearner:
             return {}
         contexts = self.network.contexts(task)
         return {name: torch.from_numpy(c).to(self._device) for name, c in contexts.items()}
+
+
+def normalised(data: Dataset, images_NP: Images) -> Tensor:
+    """Return images as they enter a network, fp32."""
+    return (as_tensor(images_NP).float() / data.scale - data.mean) / data.std
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

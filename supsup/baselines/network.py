@@ -21,7 +21,7 @@ from supsup.errors import ConfigError
 from supsup.nets import TaskNorm, make_module, net_layers
 from supsup.seeding import generator
 
-Arrays = dict[str, npt.NDArray[np.float32]]
+Arrays = dict[str, npt.NDArray[Any]]
 Tensors = Mapping[str, Tensor]
 
 
