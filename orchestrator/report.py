@@ -1,27 +1,31 @@
-"""What a run shows: a table, a per-task table and a picture, from stored results alone."""
+"""What a run shows: a table, a per-task table and a picture, from stored results alone.
 
-import csv
-import io
+SupSup and the baselines fill in the same ``Results``, so that all of them are shown alike.
+
+Shapes: T tasks.
+"""
+
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from supsup.config import EvalConfig
-from supsup.evaluate import COUNTS, Evaluation
+from orchestrator.drawing import Curve, as_csv, as_png, axis_scale, limits, spread_ticks
+from orchestrator.field_report import MAP_TASKS, confusion_files, matrix_files
+from supsup import measures
+from supsup.config import EvalConfig, RunConfig, method_parts
+from supsup.evaluate import COUNTS, Evaluation, Sizes
 from supsup.files import write_atomically
+from supsup.measures import AccuracyMatrix
+from supsup.storage import Storage
 
-_OBJECTIVE_NAMES = {"h": "H", "g": "G"}
-_SCENARIO_NAMES = {"gns": "GNs", "gnu": "GNu"}
-#: The part of an axis that a tick's label needs, and the percents that an axis spans at least.
-_LABEL_ROOM, _LEAST_SPAN = 0.08, 3
-Curve = npt.NDArray[np.float64]
+_OBJECTIVE_NAMES = {"h": "H ", "g": "G ", "": ""}
+_SCENARIO_NAMES = {"gg": "GG", "gns": "GNs", "gnu": "GNu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,9 @@ class Checkpoint:
 
     learned: int
     gg_accuracy: float
+    """The mean over the tasks learned, each given."""
     evaluation: Evaluation | None
-    """None in scenario GG."""
+    """With the task inferred; None in scenario GG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,60 @@ class Results:
 
     name: str
     dataset: str
+    """What was learned, as people read it: see ``subject``."""
     scenario: str
     settings: EvalConfig
     checkpoints: tuple[Checkpoint, ...]
+    """At least one, by ascending number of tasks learned."""
     gg_correct: npt.NDArray[np.int64]
-    test_images: int
+    """Test images that are right after all tasks, task given, int64 [T]."""
+    sizes: npt.NDArray[np.int64]
+    """Test images of every task, int64 [T]."""
+    storage: Storage | None = None
+    """What the tasks take; None leaves it out."""
+    given: AccuracyMatrix | None = None
+    """Accuracies with the task given of a learner that may forget; None: those of a task stay."""
+
+    def until(self, learned: int) -> "Results":
+        """Return what there was to show after so many tasks."""
+        checkpoints = tuple(c for c in self.checkpoints if c.learned <= learned)
+        given = self.given
+        if given is not None:
+            rows = [(k, row_T) for k, row_T in given.rows() if k <= learned]
+            given = AccuracyMatrix.of_rows(rows) if rows else None
+        return dataclasses.replace(
+            self,
+            checkpoints=checkpoints,
+            gg_correct=self.gg_correct[:learned],
+            sizes=self.sizes[:learned],
+            given=given,
+        )
+
+    def matrix(self) -> AccuracyMatrix:
+        """Return the accuracy matrix of the run's scenario, with the task inferred if it is."""
+        inferred = [c.evaluation for c in self.checkpoints if c.evaluation is not None]
+        if inferred:
+            return AccuracyMatrix.of_rows([(e.learned, self._inferred(e)) for e in inferred])
+        return self.given or self._unchanging()
+
+    def _unchanging(self) -> AccuracyMatrix:
+        tasks = len(self.gg_correct)
+        every = range(1, tasks + 1) if tasks <= MAP_TASKS else [c.learned for c in self.checkpoints]
+        return AccuracyMatrix.unchanging(list(every), self.gg_correct / self.sizes)
+
+    def _inferred(self, evaluation: Evaluation) -> measures.Rates:
+        rates_T = np.full(evaluation.learned, math.nan)
+        method, hits = evaluation.methods[0], f"{self.scenario}_hits"
+        rates_T[list(evaluation.tasks)] = evaluation.rates(method, hits, "images")
+        return rates_T
+
+
+def subject(config: RunConfig) -> str:
+    """Return what a run learns as people read it, such as ``rotated mnist``."""
+    dataset = config.dataset
+    if dataset.startswith("images:"):
+        dataset = Path(dataset).name or "images"
+    return dataset if config.family == "permuted" else f"{config.family} {dataset}"
 
 
 def label(method: str, settings: EvalConfig) -> str:
@@ -58,7 +112,7 @@ def label(method: str, settings: EvalConfig) -> str:
 
 
 def metrics(
-    checkpoint: Checkpoint, scenario: str, settings: EvalConfig, test_images: int
+    checkpoint: Checkpoint, scenario: str, settings: EvalConfig, sizes: Sizes
 ) -> dict[str, float]:
     """Return the metrics of a checkpoint by their MLflow keys."""
     values = {"gg/accuracy": checkpoint.gg_accuracy}
@@ -67,9 +121,10 @@ def metrics(
         return values
     headline = evaluation.methods[0]
     values[f"{scenario}/accuracy"] = evaluation.accuracy(headline, scenario)
-    half_width = evaluation.accuracy_half_width(headline, scenario, test_images)
-    if math.isfinite(half_width) and evaluation.is_sample(test_images):
+    half_width = evaluation.accuracy_half_width(headline, scenario, sizes)
+    if math.isfinite(half_width) and evaluation.is_sample(sizes):
         values[f"{scenario}/accuracy_ci95"] = half_width
+    values[f"{scenario}/top5_task_accuracy"] = evaluation.top5_accuracy(headline)
     for method in evaluation.methods:
         key = label(method, settings)
         values[f"{scenario}/accuracy/{key}"] = evaluation.accuracy(method, scenario)
@@ -77,20 +132,37 @@ def metrics(
     return values
 
 
+def field_metrics(results: Results) -> dict[str, float]:
+    """Return the measures of continual learning (supsup.measures) after the last checkpoint.
+
+    They are those of the run's scenario: with the task inferred, if it is. What needs a task that
+    was asked about twice is left out if there is none.
+    """
+    matrix = results.matrix()
+    values = {
+        "average_accuracy": measures.average_accuracy(matrix),
+        "forgetting": measures.forgetting(matrix),
+        "backward_transfer": measures.backward_transfer(matrix),
+    }
+    if results.storage is not None:
+        values["bytes_per_task"] = float(results.storage.per_task)
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
 def table(results: Results) -> Table:
     """Return the table of accuracies (in %) against tasks learned."""
-    upper = _SCENARIO_NAMES.get(results.scenario, "")
+    scenario = _SCENARIO_NAMES[results.scenario]
     shown = Table(
         title=f"{results.name}: accuracy in % on {results.dataset}",
-        caption=sample_note(results),
+        caption="\n".join(notes(results)) or None,
         caption_justify="left",
     )
     shown.add_column("tasks\nlearned", justify="right")
     shown.add_column("GG", justify="right")
-    methods = results.settings.methods if upper else ()
+    methods = results.settings.methods if results.scenario != "gg" else ()
     for method in methods:
         name = method_name(method, results.settings)
-        shown.add_column(f"{name}\n{upper} (task found)", justify="right")
+        shown.add_column(f"{name}\n{scenario} (task found)", justify="right")
     for checkpoint in results.checkpoints:
         row = [str(checkpoint.learned), f"{100 * checkpoint.gg_accuracy:.2f}"]
         if checkpoint.evaluation is not None:
@@ -103,23 +175,50 @@ def table(results: Results) -> Table:
 def _cell(evaluation: Evaluation, method: str, results: Results) -> str:
     """Return ``accuracy (task found)`` in %, with the 95 % interval if it is an estimate."""
     text = f"{100 * evaluation.accuracy(method, results.scenario):.2f}"
-    if evaluation.is_sample(results.test_images):
-        width = evaluation.accuracy_half_width(method, results.scenario, results.test_images)
+    if evaluation.is_sample(results.sizes):
+        width = evaluation.accuracy_half_width(method, results.scenario, results.sizes)
         text += " ± ?" if math.isnan(width) else f" ± {100 * width:.2f}"
     return f"{text} ({100 * evaluation.task_accuracy(method):.2f})"
+
+
+def notes(results: Results) -> list[str]:
+    """Return what is to be said below the table: estimates, change over tasks, bytes."""
+    found = [note] if (note := sample_note(results)) else []
+    values = field_metrics(results)
+    if "forgetting" in values:
+        fell, gained = 100 * values["forgetting"], 100 * values["backward_transfer"]
+        found.append(
+            f"{_SCENARIO_NAMES[results.scenario]}, % points: forgetting {fell:.2f}, "
+            f"backward transfer {gained:.2f}"
+        )
+    if storage := results.storage:
+        tasks = results.checkpoints[-1].learned
+        found.append(
+            f"stored per task: {storage.per_task:,} bytes ({storage.what}); shared: "
+            f"{storage.shared:,}; {tasks} tasks: {storage.total(tasks) / 1e6:,.2f} MB"
+        )
+    return found
 
 
 def sample_note(results: Results) -> str | None:
     """Say what the estimates rest on; None if every task and image was asked about."""
     evaluation = results.checkpoints[-1].evaluation
-    if evaluation is None or not evaluation.is_sample(results.test_images):
+    if evaluation is None or not evaluation.is_sample(results.sizes):
         return None
-    tasks, images = len(evaluation.tasks), evaluation.images_per_task
+    images_T, sizes_T = evaluation.column("images"), evaluation.sizes_asked(results.sizes)
+    images = f"{_span(images_T)} of {_span(sizes_T)}"
+    if (images_T == sizes_T).all():
+        images = f"all {_span(sizes_T)}"
     return (
         f"{_SCENARIO_NAMES[results.scenario]} at {evaluation.learned} tasks: estimate from "
-        f"{_part(tasks, evaluation.learned)} tasks, {_part(images, results.test_images)} test "
-        "images of each; ± is the 95 % interval"
+        f"{_part(len(evaluation.tasks), evaluation.learned)} tasks, {images} test images of each; "
+        "± is the 95 % interval"
     )
+
+
+def _span(counts_T: npt.NDArray[np.int64]) -> str:
+    low, high = counts_T.min(), counts_T.max()
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _part(some: int, total: int) -> str:
@@ -128,33 +227,30 @@ def _part(some: int, total: int) -> str:
 
 def method_name(method: str, settings: EvalConfig) -> str:
     """Return a method as people read it, such as ``H one-shot``."""
-    objective, algorithm = method.split("-", 1)
-    name = f"{_OBJECTIVE_NAMES[objective]} {algorithm}"
+    objective, algorithm = method_parts(method)
+    name = f"{_OBJECTIVE_NAMES[objective]}{algorithm}"
     if settings.batch > 1:
         name += f", {settings.batch} images"
     return name
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write the per-task table, the table of checkpoints and the picture; return their paths."""
+    """Write the tables and pictures of a run; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, content in (
-        ("per_task.csv", _per_task(results)),
-        ("accuracy.csv", _per_checkpoint(results)),
-        ("accuracy.png", _picture(results)),
-    ):
-        path = folder / name
-        write_atomically(path, content)
-        written.append(path)
-    return written
-
-
-def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
-    """Return rows as the bytes of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    evaluation = results.checkpoints[-1].evaluation
+    title = f"{results.name} ({results.dataset}), {_SCENARIO_NAMES[results.scenario]}"
+    if evaluation is not None:
+        title += f", {method_name(evaluation.methods[0], results.settings)}"
+    files = {
+        "per_task.csv": _per_task(results),
+        "accuracy.csv": _per_checkpoint(results),
+        "accuracy.png": _picture(results),
+        **matrix_files(results.matrix(), title),
+        **(confusion_files(evaluation, title) if evaluation is not None else {}),
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def _per_task(results: Results) -> bytes:
@@ -164,16 +260,16 @@ def _per_task(results: Results) -> bytes:
     """
     evaluation = results.checkpoints[-1].evaluation
     methods = evaluation.methods if evaluation else ()
-    header = ["task", "gg_accuracy"]
+    header = ["task", "test_images", "gg_accuracy"]
     for method in methods:
         key = label(method, results.settings)
         header += [f"{results.scenario}_accuracy {key}", f"task_accuracy {key}"]
     inferred = _inferred_rates(evaluation, results.scenario) if evaluation else {}
-    blank = [""] * (len(header) - 2)
+    blank = [""] * (2 * len(methods))
     rows: list[list[object]] = [list(header)]
-    for task, correct in enumerate(results.gg_correct):
-        gg_accuracy = f"{correct / results.test_images:.4f}"
-        rows.append([task, gg_accuracy, *inferred.get(task, blank)])
+    given = zip(results.gg_correct, results.sizes, strict=True)
+    for task, (correct, size) in enumerate(given):
+        rows.append([task, size, f"{correct / size:.4f}", *inferred.get(task, blank)])
     return as_csv(rows)
 
 
@@ -197,22 +293,23 @@ def _per_checkpoint(results: Results) -> bytes:
     """One row per checkpoint: its metrics, what was asked, and 95 % half-widths."""
     columns = [_checkpoint_columns(checkpoint, results) for checkpoint in results.checkpoints]
     keys = list(columns[-1])
-    return as_csv([keys, *([values[key] for key in keys] for values in columns)])
+    return as_csv([keys, *([values.get(key, "") for key in keys] for values in columns)])
 
 
 def _checkpoint_columns(checkpoint: Checkpoint, results: Results) -> dict[str, object]:
     scenario, settings = results.scenario, results.settings
-    values = metrics(checkpoint, scenario, settings, results.test_images)
+    values = metrics(checkpoint, scenario, settings, results.sizes)
     values.pop(f"{scenario}/accuracy_ci95", None)
     columns: dict[str, object] = {"tasks_learned": checkpoint.learned}
+    values |= field_metrics(results.until(checkpoint.learned))
     columns |= {key: f"{value:.6f}" for key, value in values.items()}
     if evaluation := checkpoint.evaluation:
         columns |= {
             "tasks_asked": len(evaluation.tasks),
-            "images_per_task": evaluation.images_per_task,
+            "images_per_task": f"{evaluation.column('images').mean():g}",
         }
         for method in evaluation.methods:
-            key, of = label(method, settings), results.test_images
+            key, of = label(method, settings), results.sizes
             width = evaluation.accuracy_half_width(method, scenario, of)
             columns[f"{scenario}/accuracy/{key} ±95"] = f"{width:.6f}"
             width = evaluation.task_accuracy_half_width(method, of)
@@ -251,19 +348,12 @@ def _picture(results: Results) -> bytes:
     return as_png(figure)
 
 
-def as_png(figure: Any) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()
-
-
 def _curves(results: Results) -> dict[str, tuple[Curve, Curve]]:
     """Return accuracies in % and their 95 % half-widths at the checkpoints, by name."""
     evaluations = [c.evaluation for c in results.checkpoints if c.evaluation]
     if not evaluations:
         return {}
-    scenario, of = results.scenario, results.test_images
+    scenario, of = results.scenario, results.sizes
     return {
         f"{_SCENARIO_NAMES[scenario]}: task inferred by {method_name(method, results.settings)}": (
             100 * np.array([e.accuracy(method, scenario) for e in evaluations]),
@@ -271,36 +361,3 @@ def _curves(results: Results) -> dict[str, tuple[Curve, Curve]]:
         )
         for method in results.settings.methods
     }
-
-
-def axis_scale(ticks: Sequence[int]) -> Literal["linear", "log"]:
-    """Return the scale on which the closest two of the ascending ticks are further apart."""
-    if len(ticks) < 2:
-        return "linear"
-    linear, log = (_fractions(ticks, scale) for scale in ("linear", "log"))
-    return "linear" if np.diff(linear).min() >= np.diff(log).min() else "log"
-
-
-def spread_ticks(ticks: Sequence[int], scale: str) -> list[int]:
-    """Return the ascending ticks whose labels have room, the last one among them."""
-    shown: list[int] = []
-    edge = math.inf
-    for tick, place in zip(reversed(ticks), reversed(_fractions(ticks, scale)), strict=True):
-        if edge - place >= _LABEL_ROOM:
-            shown.insert(0, tick)
-            edge = place
-    return shown
-
-
-def _fractions(ticks: Sequence[int], scale: str) -> list[float]:
-    """Return where the ticks are on the axis, from 0 to 1."""
-    places = np.log(ticks) if scale == "log" else np.array(ticks, dtype=float)
-    length = places[-1] - places[0] or 1.0
-    return list((places - places[0]) / length)
-
-
-def limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the ends of the accuracy axis: whole percents with all values well inside."""
-    lowest, highest = min(c.min() for c in curves), max(c.max() for c in curves)
-    bottom, top = math.floor(lowest - 0.5), min(100, math.ceil(highest + 0.5))
-    return max(0, min(bottom, top - _LEAST_SPAN)), top

@@ -111,6 +111,7 @@ class RunFolder:
             "tasks": evaluation.tasks,
             "methods": evaluation.methods,
             "counts": evaluation.counts.tolist(),
+            "confusions": evaluation.confusions_X3.tolist(),
         }
         file = self._evaluation_file(settings, evaluation.learned)
         file.parent.mkdir(exist_ok=True)
@@ -123,12 +124,19 @@ class RunFolder:
         try:
             body = json.loads(self._evaluation_file(settings, learned).read_bytes())
             counts = np.array(body["counts"], dtype=np.int64)
+            confusions = np.array(body["confusions"], dtype=np.int64).reshape(-1, 3)
             same = body["tasks"] == list(tasks)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not same or counts.shape != (len(settings.methods), len(tasks), len(COUNTS)):
             return None
-        return Evaluation(learned=learned, tasks=tasks, methods=settings.methods, counts=counts)
+        return Evaluation(
+            learned=learned,
+            tasks=tasks,
+            methods=settings.methods,
+            counts=counts,
+            confusions_X3=confusions,
+        )
 
     def _evaluation_file(self, settings: EvalConfig, learned: int) -> Path:
         text = json.dumps(_settings(settings), sort_keys=True)

@@ -10,15 +10,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from orchestrator.report import (
-    as_csv,
-    as_png,
-    axis_scale,
-    label,
-    limits,
-    method_name,
-    spread_ticks,
-)
+from orchestrator.drawing import as_csv, as_png, axis_scale, limits, spread_ticks
+from orchestrator.report import label, method_name
 from supsup.config import EvalConfig, RunConfig
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically

@@ -17,7 +17,15 @@ MLPS = ("lenet-300-100", "fc-1024-1024")
 NETS = (*MLPS, "bnnet", "gem-resnet18")
 Scenario = Literal["gg", "gns", "gnu", "nns"]
 OBJECTIVES = ("h", "g")
-ALGORITHMS = ("shortlist", "one-shot", "sketch", "binary", "gradient-descent", "all-masks")
+ALGORITHMS = (
+    "shortlist",
+    "one-shot",
+    "sketch",
+    "binary",
+    "gradient-descent",
+    "all-masks",
+    "max-logit",
+)
 Method = Literal[
     "h-shortlist",
     "h-one-shot",
@@ -30,6 +38,7 @@ Method = Literal[
     "g-sketch",
     "g-binary",
     "g-gradient-descent",
+    "max-logit",
 ]
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -96,6 +105,13 @@ class MaskConfig:
         ),
     ] = "none"
 
+    def __post_init__(self) -> None:
+        if self.budget == "erdos-renyi" and self.keep_fraction > 0.5:
+            raise ValueError(
+                f"keep_fraction is {self.keep_fraction}, must be at most 0.5 with budget "
+                "erdos-renyi, which keeps at most half of any layer"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
@@ -149,7 +165,10 @@ class EvalConfig:
 
     methods: Annotated[
         tuple[Method, ...],
-        _setting("task inference, objective-algorithm, comma-separated; the first is the headline"),
+        _setting(
+            "task inference, objective-algorithm or max-logit, comma-separated; the first is the "
+            "headline"
+        ),
     ] = ("h-shortlist", "h-one-shot", "g-one-shot")
     batch: Annotated[int, _setting("images that one task decision looks at", ge=1, le=65_536)] = 1
     group: Annotated[
@@ -352,6 +371,12 @@ class RunConfig:
                 f"dataset is {self.dataset!r}, must be one of {', '.join(DATASETS)} "
                 f"or images:DIR{near(self.dataset, DATASETS)}"
             )
+
+
+def method_parts(method: str) -> tuple[str, str]:
+    """Return the objective of a method, "" if it has none, and its algorithm."""
+    objective, _, algorithm = method.partition("-")
+    return (objective, algorithm) if objective in OBJECTIVES else ("", method)
 
 
 def checkpoints(config: RunConfig) -> tuple[int, ...]:

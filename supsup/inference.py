@@ -11,7 +11,7 @@ belongs to the query and is one number per weight; what is left is to add, for e
 numbers of the bits that are set (supsup.packed).
 
 Shapes: T masks, K some of them, W numbers per weight, Q queries (task decisions), N images per
-query, P pixels, O outputs and I inputs of a layer, S output neurons.
+query, P pixels, O outputs and I inputs of a layer, S output neurons, R tasks of a ranking.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from supsup.config import method_parts
 from supsup.errors import ConfigError
 from supsup.models import Layer
 from supsup.packed import MEMORY_BYTES, PackedMasks, packed_masks
 
 #: Steps of the gradient descent on α, and its rate in standard deviations of the first gradient.
 _DESCENT_STEPS, _DESCENT_RATE = 8, 1.0
+#: Tasks that an algorithm ranks, at most.
+RANKED = 5
 
 
 # --- objectives ------------------------------------------------------------------------------
@@ -230,12 +233,12 @@ class Queries:
 
 
 def one_shot(queries: Queries, objective: str) -> Tensor:
-    """Return the task [Q] with the steepest descent of the objective (paper, eq. 4)."""
-    return queries.gradients(objective).argmin(1)
+    """Rank the tasks [Q, R] by the descent of the objective, the steepest first (paper, eq. 4)."""
+    return _lowest(queries.gradients(objective))
 
 
 def shortlist(queries: Queries, objective: str) -> Tensor:
-    """Run the masks with the steepest descent; return the task [Q] of the lowest mean entropy."""
+    """Run the masks with the steepest descent; rank them [Q, R] by the lowest mean entropy."""
     gradients_QT = queries.gradients(objective)
     size = min(queries.shortlist, gradients_QT.shape[1])
     candidates_QK = gradients_QT.topk(size, dim=1, largest=False).indices.sort(1).values
@@ -243,15 +246,15 @@ def shortlist(queries: Queries, objective: str) -> Tensor:
     for task, (rows, columns) in by_task(candidates_QK):
         logits_QNS = queries.engine.logits(task, queries.images_QNP[rows])
         entropy_QK[rows, columns] = entropy(logits_QNS).mean(1)
-    return candidates_QK.gather(1, entropy_QK.argmin(1, keepdim=True)).squeeze(1)
+    return candidates_QK.gather(1, _lowest(entropy_QK))
 
 
 def sketch(queries: Queries, objective: str) -> Tensor:
     """One-shot in two passes: all masks on a few weights, then a few masks on all weights.
 
     The first pass looks at the words of 32 weights where the gradient is largest, query by query;
-    the second at the masks that lead then. Work below linear in the number of weights: the part
-    ``sketch`` of them, and ``shortlist / k``.
+    the second at the masks that lead then, and ranks them [Q, R]. Work below linear in the number
+    of weights: the part ``sketch`` of them, and ``shortlist / k``.
     """
     masks = queries.engine.masks
     size = min(queries.shortlist, len(masks))
@@ -263,26 +266,29 @@ def sketch(queries: Queries, objective: str) -> Tensor:
         sums_QT = masks.sums(factors_QW, least_Q)
         leading_QK = sums_QT.topk(size, dim=1, largest=False).indices
         for factor_W, leading_K in zip(factors_QW, leading_QK, strict=True):
-            found.append(leading_K[masks.sums_of(factor_W, leading_K).argmin()])
+            found.append(leading_K[_lowest(masks.sums_of(factor_W, leading_K))])
     return torch.stack(found)
 
 
 def binary(queries: Queries, objective: str) -> Tensor:
-    """Halve the superposition, keeping the steeper half, until one mask is left (paper, 3.3)."""
-    first_QT = queries.gradients(objective)
+    """Halve the superposition, keeping the steeper half, until one mask is left (paper, 3.3).
+
+    Ranks the tasks [Q, R] by how long they were kept, those of one half by their descent.
+    """
     found = []
-    for images_NP, gradient_T in zip(queries.images_QNP, first_QT, strict=True):
-        left_K, gradient_K = torch.arange(len(gradient_T)), gradient_T
-        while len(left_K) > 1:
-            half = gradient_K.topk((len(left_K) + 1) // 2, largest=False).indices
-            left_K = left_K[half].sort().values
+    first_QT = queries.gradients(objective)
+    for images_NP, gradient_K in zip(queries.images_QNP, first_QT, strict=True):
+        ranking_T = gradient_K.argsort()
+        while (count := (len(gradient_K) + 1) // 2) > 1:
+            left_K = ranking_T[:count].sort().values
             gradient_K = queries.engine.gradient_at(images_NP, objective, left_K)
-        found.append(left_K[0])
+            ranking_T[:count] = left_K[gradient_K.argsort()]
+        found.append(ranking_T[:RANKED])
     return torch.stack(found)
 
 
 def gradient_descent(queries: Queries, objective: str) -> Tensor:
-    """Descend on α within the simplex; return the task [Q] of the largest α.
+    """Descend on α within the simplex; rank the tasks [Q, R] by the largest α.
 
     Exponentiated gradient from ``α = 1/k``, its rate in units of the first gradient's standard
     deviation; the first step alone ranks the tasks as one-shot does.
@@ -297,19 +303,42 @@ def gradient_descent(queries: Queries, objective: str) -> Tensor:
             alpha_T = logits_T.softmax(0)
             step_T = queries.engine.gradient_at(images_NP, objective, tasks_T, alpha_T)
             logits_T = logits_T - _DESCENT_RATE * step_T / scale
-        found.append(logits_T.argmax())
+        found.append(_lowest(-logits_T))
     return torch.stack(found)
 
 
 def all_masks(queries: Queries, objective: str) -> Tensor:
-    """Run every mask; return the task [Q] of the lowest mean entropy: the plain baseline."""
-    best_Q = queries.images_QNP.new_full((len(queries.images_QNP),), torch.inf)
-    found_Q = torch.zeros(len(best_Q), dtype=torch.int64)
+    """Run every mask; rank the tasks [Q, R] by the lowest mean entropy: the plain baseline."""
+    return _run_all(queries, lambda logits_QNS: entropy(logits_QNS).mean(1))
+
+
+def max_logit(queries: Queries, objective: str) -> Tensor:
+    """Run every mask; rank the tasks [Q, R] by their largest logit of a real class.
+
+    From one image, this is the maximum over the concatenated logits of all tasks; from several,
+    the mean of their maxima decides.
+    """
+    classes = queries.engine.classes
+    return _run_all(queries, lambda logits_QNS: -logits_QNS[..., :classes].amax(-1).mean(1))
+
+
+def _run_all(queries: Queries, cost: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the tasks [Q, R] whose logits cost least, after all masks were run."""
+    images_QNP = queries.images_QNP
+    costs_QR = images_QNP.new_empty(len(images_QNP), 0)
+    tasks_QR = torch.empty(costs_QR.shape, dtype=torch.int64)
     for task in range(len(queries.engine.masks)):
-        entropy_Q = entropy(queries.engine.logits(task, queries.images_QNP)).mean(1)
-        better_Q = entropy_Q < best_Q
-        best_Q[better_Q], found_Q[better_Q] = entropy_Q[better_Q], task
-    return found_Q
+        cost_Q1 = cost(queries.engine.logits(task, images_QNP))[:, None]
+        costs_QR = torch.cat([costs_QR, cost_Q1], 1)
+        tasks_QR = torch.cat([tasks_QR, torch.full_like(cost_Q1, task, dtype=torch.int64)], 1)
+        best_QR = _lowest(costs_QR)
+        costs_QR, tasks_QR = costs_QR.gather(1, best_QR), tasks_QR.gather(1, best_QR)
+    return tasks_QR
+
+
+def _lowest(values: Tensor) -> Tensor:
+    """Return where the lowest values [..., T] are, [..., R], the lowest first."""
+    return values.topk(min(RANKED, values.shape[-1]), dim=-1, largest=False).indices
 
 
 ALGORITHMS: Mapping[str, Callable[[Queries, str], Tensor]] = {
@@ -319,10 +348,16 @@ ALGORITHMS: Mapping[str, Callable[[Queries, str], Tensor]] = {
     "binary": binary,
     "gradient-descent": gradient_descent,
     "all-masks": all_masks,
+    "max-logit": max_logit,
 }
+
+
+def ranked(queries: Queries, method: str) -> Tensor:
+    """Return the tasks [Q, R] that a method ranks first for each query, 5 of them or all."""
+    objective, algorithm = method_parts(method)
+    return ALGORITHMS[algorithm](queries, objective)
 
 
 def infer(queries: Queries, method: str) -> Tensor:
     """Return the task [Q] that a method, such as ``h-one-shot``, finds for each query."""
-    objective, algorithm = method.split("-", 1)
-    return ALGORITHMS[algorithm](queries, objective)
+    return ranked(queries, method)[:, 0]

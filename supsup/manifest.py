@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import supsup
@@ -20,7 +21,7 @@ from supsup.identity import fingerprint
 from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
 from supsup.material import layers_of, statistics_of
 from supsup.models import Layer, fixed_weights, weights_sha256
-from supsup.tasks import task_family
+from supsup.tasks import task_family, test_sizes
 
 FORMAT_VERSION = 1
 
@@ -35,12 +36,21 @@ class Manifest:
     layers: tuple[Layer, ...]
     classes: int
     test_images: int
+    """Test images of a task; the most, if tasks differ in that."""
     weights_sha256: str
     dataset_sha256: str
     versions: dict[str, str]
     device: str
     statistics: int = 0
     """Statistics of batch norm per task; 0 without batch norm."""
+    test_sizes: tuple[int, ...] = ()
+    """Test images of each task that there can be, if tasks differ in that."""
+
+    def sizes(self, tasks: int) -> npt.NDArray[np.int64]:
+        """Return how many test images each of the first tasks has, int64 [T]."""
+        if self.test_sizes:
+            return np.array(self.test_sizes[:tasks], dtype=np.int64)
+        return np.full(tasks, self.test_images)
 
     @property
     def mask_bytes(self) -> int:
@@ -50,14 +60,15 @@ class Manifest:
 
 def make_manifest(config: RunConfig, data: Dataset) -> Manifest:
     """Describe the bank that a resolved configuration and a data set lead to."""
-    layers = layers_of(config, data)
+    layers, sizes = layers_of(config, data), test_sizes(config, data)
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint(config, data.sha256),
         config=config,
         layers=layers,
         classes=task_family(config, data).classes,
-        test_images=len(data.test_images),
+        test_images=max(sizes),
+        test_sizes=sizes if len(sizes) > 1 else (),
         weights_sha256=weights_sha256(fixed_weights(config.seed, layers)),
         dataset_sha256=data.sha256,
         versions={
@@ -126,4 +137,9 @@ def parse_manifest(file: Path, text: bytes) -> Manifest:
     names = [field.name for field in dataclasses.fields(Manifest)]
     # Banks of before there was batch norm don't say that they have no statistics.
     values = {name: body[name] for name in names if name in body}
-    return Manifest(**{**values, "config": from_dict(body["config"]), "layers": tuple(layers)})
+    values |= {
+        "config": from_dict(body["config"]),
+        "layers": tuple(layers),
+        "test_sizes": tuple(body.get("test_sizes", ())),
+    }
+    return Manifest(**values)

@@ -66,22 +66,23 @@ def half_width(
     rates_T: npt.NDArray[np.float64],
     decisions_T: npt.NDArray[np.int64],
     tasks: int,
-    images_asked: float,
+    images_asked_T: npt.NDArray[np.float64] | float,
 ) -> float:
-    """Return the half-width of the 95 % interval of a mean rate over all tasks and images.
+    """Return the half-width of the 95 % interval of the mean over all tasks of their rates.
 
     Cochran's equation 10.15, ``v = (1 - f1) s1² / n + f1 (1 - f2) s2² / (n m)``, with n tasks
     asked about, m decisions each, s1² the variance of the tasks' rates and s2² that within a
-    task. The unit within a task is the decision, for images that share one are right or wrong
-    together: its share of right images lies between 0 and 1, so ``p (1 - p)`` is the variance of
-    a decision about one image and a bound for one about a group. A single decision says nothing
-    of its variance, which is then taken as 1/4, the largest.
+    task. Where tasks differ in the size of their test set, ``(1 - f2) s2² / m`` is the mean of the
+    tasks' own: every task counts alike. The unit within a task is the decision, for images that
+    share one are right or wrong together: its share of right images lies between 0 and 1, so
+    ``p (1 - p)`` is the variance of a decision about one image and a bound for one about a group.
+    A single decision says nothing of its variance, which is then taken as 1/4, the largest.
 
     Args:
         rates_T: fraction of right answers of each task asked about.
         decisions_T: decisions about each of them.
         tasks: tasks that there are.
-        images_asked: f2, the fraction of the test set that was asked about in each task.
+        images_asked_T: f2, the fraction of its test set that was asked about in each task.
 
     Returns:
         The half-width; 0 if everything was asked, nan if one task alone stands for several.
@@ -93,6 +94,6 @@ def half_width(
     between = float(rates_T.var(ddof=1)) if asked > 1 else 0.0
     several_T = decisions_T > 1
     of_mean_T = rates_T * (1 - rates_T) / np.where(several_T, decisions_T - 1, 1)
-    within = float(np.where(several_T, of_mean_T, 0.25).mean())
-    variance = (1 - f1) * between / asked + f1 * (1 - images_asked) * within / asked
+    within_T = (1 - np.asarray(images_asked_T)) * np.where(several_T, of_mean_T, 0.25)
+    variance = (1 - f1) * between / asked + f1 * float(within_T.mean()) / asked
     return _Z95 * math.sqrt(variance)

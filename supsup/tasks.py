@@ -20,6 +20,9 @@ from supsup.datasets import Dataset, Images, Labels
 from supsup.errors import ConfigError
 from supsup.seeding import generator
 
+#: Indices of images, of any shape.
+Places = npt.NDArray[np.int64]
+
 
 class Labelled(NamedTuple):
     """Images, uint8 [N, P], and their labels, int64 [N], in ``0..classes-1`` of the task."""
@@ -45,8 +48,20 @@ class TaskFamily(Protocol):
     def test(self, task: int) -> Labelled:
         """Return what a task is tested on; not to be written to."""
 
-    def test_size(self, task: int) -> int:
-        """Return how many test images a task has."""
+    def test_labels(self, task: int) -> Labels:
+        """Return the labels of what a task is tested on; not to be written to."""
+
+    def test_images(self, task: int, places: Places) -> Images:
+        """Return some of what a task is tested on, uint8 [..., P], by places in its labels."""
+
+
+def test_sizes(config: RunConfig, data: Dataset) -> tuple[int, ...]:
+    """Return how many test images each task has that can be; one number if all have as many."""
+    family = task_family(config, data)
+    if not isinstance(family, Split):
+        return (len(data.test_labels),)
+    sizes = tuple(len(family.test_labels(task)) for task in range(family.most))
+    return sizes[:1] if len(set(sizes)) == 1 else sizes
 
 
 def permutation(root: int, task: int, pixels: int) -> npt.NDArray[np.int64]:
@@ -76,9 +91,13 @@ class Permuted:
         """Return the test images, permuted."""
         return Labelled(self._data.test_images[:, self._order(task)], self._data.test_labels)
 
-    def test_size(self, task: int) -> int:
-        """Return the size of the test set."""
-        return len(self._data.test_labels)
+    def test_labels(self, task: int) -> Labels:
+        """Return the labels of the test set."""
+        return self._data.test_labels
+
+    def test_images(self, task: int, places: Places) -> Images:
+        """Return some test images, permuted."""
+        return self._data.test_images[places][..., self._order(task)]
 
     def _order(self, task: int) -> npt.NDArray[np.int64]:
         return permutation(self._seed, task, self._data.pixels)
@@ -100,15 +119,20 @@ class Rotated:
         """Return the test images, turned."""
         return Labelled(self._turned(self._data.test_images, task), self._data.test_labels)
 
-    def test_size(self, task: int) -> int:
-        """Return the size of the test set."""
-        return len(self._data.test_labels)
+    def test_labels(self, task: int) -> Labels:
+        """Return the labels of the test set."""
+        return self._data.test_labels
 
-    def _turned(self, images_NP: Images, task: int) -> Images:
-        images = torch.from_numpy(np.array(images_NP)).view(-1, *self._data.shape)
+    def test_images(self, task: int, places: Places) -> Images:
+        """Return some test images, turned."""
+        return self._turned(self._data.test_images[places], task)
+
+    def _turned(self, images: Images, task: int) -> Images:
+        """Return images [..., P], turned."""
+        flat = torch.from_numpy(np.array(images)).view(-1, *self._data.shape)
         angle = task * self._degrees
-        turned = transforms.rotate(images, angle, interpolation=InterpolationMode.BILINEAR)
-        return np.asarray(turned.flatten(1).numpy())
+        turned = transforms.rotate(flat, angle, interpolation=InterpolationMode.BILINEAR)
+        return np.asarray(turned.numpy().reshape(images.shape))
 
 
 class Split:
@@ -131,6 +155,11 @@ class Split:
         if config.class_order == "random":
             order = generator(config.seed, "class order").permutation(data.classes)
         self._order = order
+        self._task_of_class = np.full(data.classes, -1)
+        self._label_of_class = np.zeros(data.classes, dtype=np.int64)
+        for task in range(self.most):
+            self._task_of_class[self.classes_of(task)] = task
+            self._label_of_class[self.classes_of(task)] = np.arange(self.classes)
 
     def classes_of(self, task: int) -> npt.NDArray[np.int64]:
         """Return the data set's classes that a task has, in the order of its labels."""
@@ -138,21 +167,27 @@ class Split:
 
     def train(self, task: int) -> Labelled:
         """Return the training images of the task's classes."""
-        return self._part(task, self._data.train_images, self._data.train_labels)
+        places_N = self._places(task, self._data.train_labels)
+        labels_N = self._label_of_class[self._data.train_labels[places_N]]
+        return Labelled(self._data.train_images[places_N], labels_N)
 
     def test(self, task: int) -> Labelled:
         """Return the test images of the task's classes."""
-        return self._part(task, self._data.test_images, self._data.test_labels)
+        places_N = self._places(task, self._data.test_labels)
+        return Labelled(self._data.test_images[places_N], self.test_labels(task))
 
-    def test_size(self, task: int) -> int:
-        """Return how many test images the task's classes have."""
-        return int(np.isin(self._data.test_labels, self.classes_of(task)).sum())
+    def test_labels(self, task: int) -> Labels:
+        """Return the labels of the test images of the task's classes."""
+        labels_N = self._data.test_labels
+        return self._label_of_class[labels_N[self._places(task, labels_N)]]
 
-    def _part(self, task: int, images_NP: Images, labels_N: Labels) -> Labelled:
-        new_label = np.full(self._data.classes, -1)
-        new_label[self.classes_of(task)] = np.arange(self.classes)
-        chosen_N = np.flatnonzero(new_label[labels_N] >= 0)
-        return Labelled(images_NP[chosen_N], new_label[labels_N[chosen_N]])
+    def test_images(self, task: int, places: Places) -> Images:
+        """Return some test images of the task's classes."""
+        return self._data.test_images[self._places(task, self._data.test_labels)[places]]
+
+    def _places(self, task: int, labels_N: Labels) -> Places:
+        """Return where the images of the task's classes are."""
+        return np.flatnonzero(self._task_of_class[labels_N] == task)
 
 
 FAMILIES: Mapping[str, Callable[[RunConfig, Dataset], TaskFamily]] = {

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 from rich.table import Table
 
-from orchestrator.report import as_csv, as_png, axis_scale, limits, spread_ticks
+from orchestrator.drawing import as_csv, as_png, axis_scale, limits, spread_ticks
 from supsup.files import write_atomically
 from sweeps.compare import Arm, Estimate, arms, differences, final, overall
 from sweeps.spec import OBJECTIVES, SweepSpec

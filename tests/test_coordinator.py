@@ -131,11 +131,40 @@ def test_a_failed_block_hurts_its_checkpoints_alone(quick, bank, worker):
     assert jobs.learned == 6
 
 
+def test_checkpoints_are_finished_in_order_and_one_that_fails_holds_up_none(
+    quick, full_bank, worker
+):
+    notes = Notes()
+    jobs = make_jobs(quick, full_bank, notes, at=(2, 5, 8), train=False)
+    queue = []
+    while job := jobs.next_job():
+        queue.append(job)
+    of = {k: [job for job in queue if job.tag[1] == k] for k in (2, 5, 8)}
+    for job in of[8]:
+        jobs.done(job, worker.evaluate(*job.args))
+    assert not notes.values
+    for job in of[2]:
+        jobs.done(job, worker.evaluate(*job.args))
+    assert set(notes.values) == {2}
+    for job in of[5]:
+        jobs.failed(job, Failure("raised", "no memory"))
+    assert set(notes.values) == {2, 8}
+    assert len(jobs.failures) == len(of[5])
+    matrix = jobs.results("name", "digits").matrix()
+    assert matrix.learned == (2, 8)
+    expected = notes.values[8]["average_accuracy"]
+    assert expected == pytest.approx(notes.values[8]["gnu/accuracy"])
+
+
 def test_scenario_gg_evaluates_nothing(quick, full_bank, worker):
     notes = Notes()
     config = with_values(quick, {"scenario": "gg"})
     assert work(make_jobs(config, full_bank, notes), worker) == []
-    assert set(notes.values[8]) == {"gg/accuracy", "bank/bytes"}
+    assert set(notes.values[8]) == {
+        "gg/accuracy", "bank/bytes", "bytes_per_task", "average_accuracy", "forgetting",
+        "backward_transfer",
+    }  # fmt: skip
+    assert notes.values[8]["forgetting"] == 0
 
 
 def test_a_sample_of_tasks_is_asked_about_and_counted(quick, full_bank, worker, trained, digits):

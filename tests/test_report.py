@@ -7,28 +7,33 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from orchestrator.drawing import axis_scale, spread_ticks
+from orchestrator.field_report import confusion_files, matrix_files
 from orchestrator.report import (
     Checkpoint,
     Results,
-    axis_scale,
+    field_metrics,
     label,
     metrics,
-    spread_ticks,
+    subject,
     table,
     write,
 )
 from supsup.config import RunConfig
 from supsup.evaluate import Evaluation
 from supsup.fields import with_values
+from supsup.measures import AccuracyMatrix
+from supsup.storage import Storage
 
+STORAGE = Storage(shared=8, per_task=100, what="mask bits")
 SETTINGS = with_values(RunConfig(), {"eval.methods": "h-shortlist,g-one-shot"}).eval
 
 
 def checkpoint(learned: int, tasks: tuple[int, ...] | None = None) -> Checkpoint:
     """Twenty decisions about one image each in all tasks, or in some."""
     tasks = tuple(range(learned)) if tasks is None else tasks
-    counts = np.zeros((2, len(tasks), 5), dtype=np.int64)
-    counts[:] = [20, 19, 20, 18, 17]
+    counts = np.zeros((2, len(tasks), 6), dtype=np.int64)
+    counts[:] = [20, 19, 20, 18, 17, 20]
     counts[1, :, 1:] -= 5
     counts[1, :, 2] = 20
     evaluation = Evaluation(learned=learned, tasks=tasks, methods=SETTINGS.methods, counts=counts)
@@ -44,7 +49,7 @@ def results() -> Results:
         settings=SETTINGS,
         checkpoints=(checkpoint(2), checkpoint(5)),
         gg_correct=np.array([16, 17, 18, 19, 20]),
-        test_images=20,
+        sizes=np.full(5, 20),
     )
 
 
@@ -60,12 +65,75 @@ def test_metrics_have_few_and_telling_keys():
     assert metrics(checkpoint(2), "gnu", SETTINGS, 20) == {
         "gg/accuracy": 0.9567,
         "gnu/accuracy": 17 / 20,
+        "gnu/top5_task_accuracy": 1.0,
         "gnu/accuracy/h-shortlist": 17 / 20,
         "gnu/task_accuracy/h-shortlist": 19 / 20,
         "gnu/accuracy/g-one-shot": 12 / 20,
         "gnu/task_accuracy/g-one-shot": 14 / 20,
     }
     assert metrics(checkpoint(2), "gns", SETTINGS, 20)["gns/accuracy"] == 18 / 20
+
+
+def test_the_measures_of_the_field_are_those_of_the_scenario(results):
+    """By hand: 17 of 20 at both checkpoints, but task 0 had 19 at the first, task 1 had 16."""
+    first = checkpoint(2)
+    first.evaluation.counts[0, :, 4] = [19, 16]
+    changed = replace(results, checkpoints=(first, checkpoint(5)), storage=STORAGE)
+    assert field_metrics(changed) == pytest.approx(
+        {
+            "average_accuracy": 17 / 20,
+            "forgetting": (2 / 20 - 1 / 20) / 2,
+            "backward_transfer": (-2 / 20 + 1 / 20) / 2,
+            "bytes_per_task": 100,
+        }
+    )
+    assert set(field_metrics(changed.until(2))) == {"average_accuracy", "bytes_per_task"}
+    given = replace(changed, scenario="gg", checkpoints=(Checkpoint(
+        learned=5, gg_accuracy=0.9, evaluation=None),))  # fmt: skip
+    assert field_metrics(given)["average_accuracy"] == pytest.approx(18 / 20)
+    assert field_metrics(given)["forgetting"] == 0
+    rows = [(1, np.array([0.9])), (2, np.array([0.5, 0.8]))]
+    forgets = replace(given, given=AccuracyMatrix.of_rows(rows))
+    assert field_metrics(forgets)["forgetting"] == pytest.approx(0.4)
+    assert "forgetting" not in field_metrics(forgets.until(1))
+
+
+def test_the_table_says_what_tasks_take(results):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(replace(results, storage=STORAGE)))
+    text = " ".join(console.export_text().split())
+    assert "stored per task: 100 bytes (mask bits); shared: 8; 5 tasks: 0.00 MB" in text
+    assert "GNu, % points: forgetting 0.00, backward transfer 0.00" in text
+
+
+def test_the_accuracy_matrix_is_a_table_and_a_picture_if_it_is_small(results, tmp_path):
+    written = {path.name: path for path in write(results, tmp_path / "report")}
+    lines = written["accuracy_matrix.csv"].read_text().splitlines()
+    assert lines[0] == "tasks_learned,task 0,task 1,task 2,task 3,task 4"
+    assert lines[1:] == ["2,0.8500,0.8500,,,", "5" + ",0.8500" * 5]
+    table_of_tasks = written["task_confusion.csv"].read_text().splitlines()
+    assert table_of_tasks[:3] == ["task,taken for,decisions,of", "0,0,19,20", "1,1,19,20"]
+    assert {"accuracy_matrix.png", "task_confusion.png"} <= set(written)
+    many = AccuracyMatrix.unchanging((1, 101), np.ones(101))
+    assert set(matrix_files(many, "many")) == {"accuracy_matrix.csv"}
+
+
+def test_the_confusion_of_tasks_names_what_they_were_taken_for():
+    evaluation = replace(
+        checkpoint(5).evaluation, tasks=(1, 4), confusions_X3=np.array([[1, 0, 1], [4, 2, 1]])
+    )
+    evaluation = replace(evaluation, counts=evaluation.counts[:, :2])
+    lines = confusion_files(evaluation, "one")["task_confusion.csv"].decode().splitlines()
+    assert lines[1:] == ["1,0,1,20", "1,1,19,20", "4,2,1,20", "4,4,19,20"]
+
+
+def test_what_was_learned_is_said_as_people_read_it():
+    def of(**values):
+        return subject(with_values(RunConfig(), values))
+
+    assert of() == "mnist"
+    assert of(family="rotated", dataset="digits") == "rotated digits"
+    assert of(family="split", dataset="images:/a/few-birds") == "split few-birds"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +185,8 @@ def test_scenario_gg_has_no_inference(results, tmp_path):
     )
     assert metrics(alone.checkpoints[0], "gg", SETTINGS, 20) == {"gg/accuracy": 0.9}
     files = write(alone, tmp_path / "report")
-    assert files[0].read_text().splitlines()[0] == "task,gg_accuracy"
+    assert files[0].read_text().splitlines()[0] == "task,test_images,gg_accuracy"
+    assert not [path for path in files if "confusion" in path.name]
 
 
 #: Between tasks 0.85 and 0.65, all images asked: 1.96 sqrt((1 - 2/5) 0.02 / 2).
