@@ -78,7 +78,8 @@ class GeneralGroup:
             for x in self._train
         ]
         self._scores = [scores_TOI.to(device, copy=True) for scores_TOI in scores]
-        self._statistics_TS = engine.net.fresh_statistics(len(tasks)).to(device)
+        fresh_TS = engine.net.fresh_statistics(len(tasks)).to(device)
+        self._statistics = engine.net.by_norm(fresh_TS)
         self._update = OPTIMIZERS[train.optimizer](train, self._scores)
 
     def step(self, number: int) -> None:
@@ -87,7 +88,7 @@ class GeneralGroup:
         masked = [masked_TOI.requires_grad_() for masked_TOI in self._masked()]
         logits_TBS = self._forward(masked, images_TBP, training=True)
         loss = functional.cross_entropy(
-            logits_TBS.float().flatten(0, 1), y_TB.flatten(), reduction="sum"
+            logits_TBS.to(self._scores[0].dtype).flatten(0, 1), y_TB.flatten(), reduction="sum"
         )
         gradients = torch.autograd.grad(loss / y_TB.shape[1], masked)
         self._update(
@@ -128,11 +129,11 @@ class GeneralGroup:
 
     def statistics(self) -> npt.NDArray[np.float32] | None:
         """Return what batch norm gathered in training [T, statistics]; None without batch norm."""
-        return self._statistics_TS.cpu().numpy() if self._engine.net.statistics else None
+        return torch.cat(self._statistics, 1).cpu().numpy() if self._statistics else None
 
     def _forward(self, masked: Sequence[Tensor], images_TBP: Tensor, *, training: bool) -> Tensor:
         logits = vmap(partial(self._engine.net.logits, training=training))
-        logits_TBS: Tensor = logits(list(masked), self._statistics_TS, images_TBP)
+        logits_TBS: Tensor = logits(list(masked), self._statistics, images_TBP)
         return logits_TBS
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ class GeneralGroup:
 
         Edge-popup's mask is one of the scores' magnitudes.
         """
-        of_mask_TOI = gradient_TOI.float() * self._engine.weights[layer]
+        of_mask_TOI = gradient_TOI.to(self._scores[layer].dtype) * self._engine.weights[layer]
         if self._engine.material.config.mask.algorithm == "edge-popup":
             return of_mask_TOI * self._scores[layer].sign()
         return of_mask_TOI

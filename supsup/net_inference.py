@@ -61,12 +61,10 @@ class NetInference(TaskInference):
         masks = self.masks
         bits = unpack(masks.packed_TB[task : task + 1], masks.layers, masks.dtype)
         weights = [w_OI * m_1OI[0] for w_OI, m_1OI in zip(masks.weights, bits, strict=True)]
+        statistics = self._net.by_norm(self._statistics_TS[task])
         parts = torch.split(images.reshape(-1, images.shape[-1]), _IMAGES)
         with torch.no_grad():
-            logits = [
-                self._net.logits(weights, self._statistics_TS[task], x, training=False)
-                for x in parts
-            ]
+            logits = [self._net.logits(weights, statistics, x, training=False) for x in parts]
         return torch.cat(logits).view(*images.shape[:-1], -1)
 
     def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
@@ -77,7 +75,8 @@ class NetInference(TaskInference):
     def _fill(
         self, room_QW: Tensor, superposition: Sequence[Tensor], images_QNP: Tensor, objective: str
     ) -> None:
-        *superposed, statistics = superposition
+        *superposed, statistics_S = superposition
+        statistics = self._net.by_norm(statistics_S)
         weights = [weight_OI.detach().requires_grad_() for weight_OI in superposed]
         room = self.masks.by_layer(room_QW)
         # Query by query: vmap over them takes longer on a CPU (docs/nets.md).

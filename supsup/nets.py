@@ -11,7 +11,7 @@ Shapes: B images of a batch, C channels, S output neurons, O outputs and I input
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -236,14 +236,14 @@ class Net:
         """
         self.layers = net_layers(module)
         self._module, self._shape = module, shape
-        self._norms = {
-            path: part for path, part in module.named_modules() if isinstance(part, TaskNorm)
-        }
+        norms = {path: x for path, x in module.named_modules() if isinstance(x, TaskNorm)}
+        self._statistic_names = [f"{path}.running_{x}" for path in norms for x in ("mean", "var")]
+        self._statistic_sizes = [norm.channels for norm in norms.values() for _ in range(2)]
 
     @property
     def statistics(self) -> int:
         """Statistics of a task: the mean and the variance of every normalised channel."""
-        return sum(2 * norm.channels for norm in self._norms.values())
+        return sum(self._statistic_sizes)
 
     @property
     def convolutional(self) -> bool:
@@ -252,32 +252,36 @@ class Net:
 
     def fresh_statistics(self, tasks: int) -> Tensor:
         """Return what the statistics [T, statistics] start from: mean 0, variance 1."""
-        parts = [
-            torch.tensor([0.0, 1.0]).repeat_interleave(n.channels) for n in self._norms.values()
-        ]
-        return torch.cat([torch.empty(0), *parts]).repeat(tasks, 1)
+        values = torch.tensor([0.0, 1.0]).repeat(len(self._statistic_sizes) // 2)
+        sizes = torch.tensor(self._statistic_sizes, dtype=torch.int64)
+        return values.repeat_interleave(sizes).repeat(tasks, 1)
+
+    def by_norm(self, statistics: Tensor) -> list[Tensor]:
+        """Return statistics [..., statistics] as means and variances [..., C] by turns, copied."""
+        parts = torch.split(statistics, self._statistic_sizes, dim=-1)
+        # In training they are written to, and under vmap only what lies together is.
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
     def logits(
-        self, weights: Sequence[Tensor], statistics: Tensor, images_BP: Tensor, *, training: bool
+        self,
+        weights: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+        images_BP: Tensor,
+        *,
+        training: bool,
     ) -> Tensor:
         """Return the logits [B, S] of one network; in training, its statistics move.
 
         Args:
             weights: one [O, I] per layer.
-            statistics: of the task, [statistics].
+            statistics: of the task, as ``by_norm`` gives them.
             images_BP: images as they enter the network.
             training: whether the batch, not the statistics, normalises.
         """
-        values: dict[str, Tensor] = dict(self._statistics_by_name(statistics))
+        values = dict(zip(self._statistic_names, statistics, strict=True))
         for layer, weight_OI in zip(self.layers, weights, strict=True):
             values[f"{layer.name}.weight"] = weight_OI.view(layer.shape)
         images = images_BP.view(-1, *self._shape)
         self._module.train(training)
         logits_BS: Tensor = functional_call(self._module, values, (images,))
         return logits_BS
-
-    def _statistics_by_name(self, statistics: Tensor) -> Mapping[str, Tensor]:
-        """Return views of a task's statistics by the names of the buffers."""
-        names = [f"{path}.running_{what}" for path in self._norms for what in ("mean", "var")]
-        sizes = [norm.channels for norm in self._norms.values() for _ in range(2)]
-        return dict(zip(names, torch.split(statistics, sizes), strict=True))

@@ -93,7 +93,7 @@ def test_what_is_masked_of_a_module(small):
 
 def test_a_network_is_a_function_of_weights_and_statistics(small):
     weights, statistics = weights_of(small), random_statistics(small, 1)[0]
-    found = small.logits(weights, statistics, images(5), training=False)
+    found = small.logits(weights, small.by_norm(statistics), images(5), training=False)
     torch.testing.assert_close(found, obvious(weights, statistics, images(5)))
 
 
