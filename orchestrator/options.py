@@ -1,16 +1,20 @@
 """Options of the command line, most of them made from the fields of the configuration."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
-from supsup.config import ALGORITHMS, OBJECTIVES, RunConfig
+from supsup.config import ALGORITHMS, OBJECTIVES, RunConfig, method_parts
+from supsup.errors import ConfigError
 from supsup.fields import FieldInfo, as_text, config_fields, get_field
 from supsup.recipes import RECIPES
 
 MAX_WORKERS = 4096
+#: Recipes that differ in a field's default, as many as its help names.
+_FEW = 1
 #: Short names of often used fields.
 _ALIASES = {
     "model.name": "--model",
@@ -28,11 +32,13 @@ def dashes(token: str) -> str:
 
 
 def _defaults(info: FieldInfo) -> str:
-    """Return a field's default, by recipe where recipes differ."""
+    """Return a field's default, and what recipes have instead if few do."""
+    default = as_text(get_field(RunConfig(), info.path))
     values = {name: as_text(get_field(recipe(), info.path)) for name, recipe in RECIPES.items()}
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    return "; ".join(f"{name}: {value}" for name, value in values.items())
+    others = [f"{name}: {value}" for name, value in values.items() if value != default]
+    if len(others) > _FEW:
+        others = ["recipes differ: see supsup recipes NAME"]
+    return "; ".join([default, *others])
 
 
 def _field_option(info: FieldInfo) -> Callable[[Any], Any]:
@@ -70,8 +76,23 @@ runs_dir = click.option(
 data_dir = click.option(
     "--data-dir", metavar="DIR", help="folder of the data sets  [$SUPSUP_DATA, else a cache folder]"
 )
+
+
+def _without_password(_context: Any, _option: Any, uri: str | None) -> str | None:
+    if uri and re.search(r"://[^/]*:[^/]*@", uri):
+        raise ConfigError(
+            "the tracking URI has a password in it, which would be kept with the run; give it in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
+
 tracking_uri = click.option(
-    "--tracking-uri", metavar="URI", help="MLflow server or store  [SQLite in the runs folder]"
+    "--tracking-uri",
+    metavar="URI",
+    envvar="SUPSUP_TRACKING_URI",
+    callback=_without_password,
+    help="MLflow server or store  [SQLite in the runs folder]",
 )
 worker_options = _options(
     click.option(
@@ -106,8 +127,10 @@ def methods(config: RunConfig, objective: str | None, algorithm: str | None) -> 
     matching = [
         method
         for method in config.eval.methods
-        if objective in (None, method.partition("-")[0])
-        and algorithm in (None, method.partition("-")[2])
+        if objective in (None, method_parts(method)[0])
+        and algorithm in (None, method_parts(method)[1])
     ]
-    only = f"{objective or 'h'}-{algorithm or 'one-shot'}"
+    only = (
+        "max-logit" if algorithm == "max-logit" else f"{objective or 'h'}-{algorithm or 'one-shot'}"
+    )
     return {"eval.methods": ",".join(matching or [only])}
