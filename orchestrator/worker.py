@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
 import torch
 
+from orchestrator.stretch import History, Recall, StretchLearner
 from supsup.apprentice import LocalTrainer, MaskState
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
@@ -127,18 +129,23 @@ class TaskWorker:
     def _chunk_learner(
         self, chunk: int, steps: list[Step], masks: dict[int, Packed], states: States
     ) -> tuple[OpenSetLearner, States]:
-        config, layers = self._setup.config, layers_of(self._setup.config, self._data)
-        weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-        learner = OpenSetLearner(
-            config,
-            self._data,
-            LocalMembers(layers, weights),
-            self._mask_trainer,
-            states.get,
-            first_mask=chunk * config.openset.budget,
-        )
+        learner = self._plain_learner(states.get, chunk * self._setup.config.openset.budget)
         learner.restore(steps, masks)
         return learner, states
+
+    def learn_stretch(self, numbers: range, history: History) -> list[Step]:
+        """Learn some segments of the one stream in a row: see ``StretchLearner``."""
+        return self._stretches.learn(map(self._stream.segment, numbers), history)
+
+    def _plain_learner(self, recall: Recall, first_mask: int = 0) -> OpenSetLearner:
+        config, layers = self._setup.config, layers_of(self._setup.config, self._data)
+        weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
+        members = LocalMembers(layers, weights)
+        return OpenSetLearner(config, self._data, members, self._mask_trainer, recall, first_mask)
+
+    @cached_property
+    def _stretches(self) -> StretchLearner:
+        return StretchLearner(self._plain_learner, _fetched)
 
     @cached_property
     def _learners(self) -> dict[int, tuple[OpenSetLearner, States]]:
@@ -180,6 +187,11 @@ class TaskWorker:
                 f"the weights generated here (SHA-256 {found[:12]}) are not the bank's "
                 f"({self._setup.weights_sha256[:12]}); give every node the locked versions"
             )
+
+
+def _fetched(value: Any) -> Any:
+    """Return what a reference stands for; what is no reference stands for itself."""
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
 
 RemoteTaskWorker = ray.remote(TaskWorker)
