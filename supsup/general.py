@@ -19,7 +19,7 @@ from torch.func import vmap
 from torch.nn import functional
 
 from supsup.masking import make_masks
-from supsup.material import TEST_CHUNK, Material, batch_indices, learning_rate, net_of
+from supsup.material import TEST_CHUNK, Material, learning_rate, net_of
 from supsup.optimizers import OPTIMIZERS
 from supsup.tasks import Labelled
 
@@ -70,16 +70,14 @@ class GeneralGroup:
     def __init__(self, engine: GeneralEngine, tasks: range, scores: Sequence[Tensor]) -> None:
         """Take the tasks' images, and start from scores [T, O, I] per layer."""
         material = engine.material
-        train, device = material.config.train, material.device
+        device = material.device
         self._engine, self._tasks = engine, tasks
         self._train = [_Images(material, material.family.train(task)) for task in tasks]
-        self._orders = [
-            batch_indices(material.config.seed, len(x), train.batch_size, train.batches)
-            for x in self._train
-        ]
+        self._orders = [material.batches(len(images)) for images in self._train]
         self._scores = [scores_TOI.to(device, copy=True) for scores_TOI in scores]
         fresh_TS = engine.net.fresh_statistics(len(tasks)).to(device)
         self._statistics = engine.net.by_norm(fresh_TS)
+        train = material.config.train
         self._update = OPTIMIZERS[train.optimizer](train, self._scores)
 
     def step(self, number: int) -> None:

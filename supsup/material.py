@@ -101,9 +101,12 @@ class Material:
         # The general engine permutes images, the others weights.
         self._permuted = config.train.engine != "general"
         self.weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self.layers)]
-        train = config.train
-        order = batch_indices(config.seed, len(data.train_images), train.batch_size, train.batches)
-        self.order = torch.from_numpy(order).to(self.device)
+        self.order = torch.from_numpy(self.batches(len(data.train_images))).to(self.device)
+
+    def batches(self, images: int) -> npt.NDArray[np.int64]:
+        """Return the images [batches, B] of every batch of a task that has so many."""
+        train = self.config.train
+        return batch_indices(self.config.seed, images, train.batch_size, train.batches)
 
     def on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         """Return an array as a tensor on the device, on the CPU without a copy."""

@@ -29,6 +29,7 @@ from supsup.general import GeneralEngine, GeneralGroup
 from supsup.identity import resolve
 from supsup.material import Material
 from supsup.sparse import SparseEngine, mostly_background, sparse_precisions
+from supsup.transfer import Legacy, chained, handed_on, inherited
 
 
 class TaskGroup(Protocol):
@@ -142,11 +143,37 @@ class BlockTrainer:
         Raises:
             NonFiniteLoss: naming the first task whose loss is not finite at the end.
         """
+        if chained(self.material.config):
+            raise ValueError("these tasks depend on those before them: use train_after")
         started = time.perf_counter()
         size = self.engine.tasks_at_once
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
         parts = [self._train_group(group, self.engine.begin(group)) for group in groups]
         return join_blocks(parts, time.perf_counter() - started)
+
+    def train_after(self, tasks: range, legacy: Legacy | None) -> tuple[TrainedBlock, Legacy]:
+        """Train tasks that start from those before them, and return what they leave in turn.
+
+        Args:
+            tasks: adjoining tasks.
+            legacy: what the tasks before them left; None before task 0.
+
+        Raises:
+            NonFiniteLoss: naming the first task whose loss is not finite at the end.
+        """
+        engine = self.engine
+        if not isinstance(engine, GeneralEngine):
+            raise TypeError("the general engine alone can start from scores that are given")
+        started = time.perf_counter()
+        parts = []
+        for task in tasks:
+            own = range(task, task + 1)
+            group = engine.begin(own, inherited(self.material, legacy, task))
+            parts.append(self._train_group(own, group))
+            legacy = handed_on(self.material.config, legacy, group)
+        if legacy is None:
+            raise ValueError("there are no tasks to train")
+        return join_blocks(parts, time.perf_counter() - started), legacy
 
     def _train_group(self, tasks: range, group: TaskGroup) -> TrainedBlock:
         """Train tasks that are trained together; the time is not taken."""
