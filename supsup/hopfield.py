@@ -34,6 +34,8 @@ from supsup.sampling import sampled_images
 from supsup.seeding import generator
 from supsup.tasks import task_family
 
+#: Hidden layers of BNNet, of as many units each.
+HIDDEN_LAYERS = 2
 METHOD = "h-gradient-descent"
 #: Test images that batch norm sees together, as in the paper.
 _TEST_BATCH = 64

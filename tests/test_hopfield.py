@@ -98,7 +98,7 @@ def hop_config(quick):
         "model.name": "bnnet", "model.output_size": 10, "scenario": "gnu",
         "train.optimizer": "sgd", "train.learning_rate": 0.1, "train.schedule": "constant",
         "train.batches": 20, "train.batch_size": 64, "train.engine": "general",
-        "eval.methods": "h-gradient-descent", "eval.batch": 3, "eval.images": 0,
+        "eval.methods": "h-gradient-descent", "eval.batch": 4, "eval.images": 0,
         "eval.shortlist": 16,
     }  # fmt: skip
     return with_values(quick, values)

@@ -41,8 +41,8 @@ class Learned:
     trunk: Arrays | None
     """The shared weights, if the task changed them."""
     correct: npt.NDArray[np.int64]
-    """Test images that are right, task given, of every task up to this one; of this one alone if
-    it can't have changed the others."""
+    """Test images that are right, task given, of every task up to this one, or of this one alone if
+    it can't have changed the others, or nobody looked back."""
     loss: float
     seconds: float
 
@@ -72,13 +72,14 @@ class BaselineLearner:
 
     # --- learning ------------------------------------------------------------------------------
 
-    def learn(self, task: int, trunk: Arrays | None) -> Learned:
+    def learn(self, task: int, trunk: Arrays | None, look_back: bool = True) -> Learned:
         """Learn a task.
 
         Args:
             task: the task.
             trunk: the shared weights as the task that this one needs left them; None before task 0
                 and where they are random.
+            look_back: whether the tasks before are asked about again, if they may be forgotten.
 
         Raises:
             NonFiniteLoss: if the loss is not finite at the end.
@@ -91,7 +92,7 @@ class BaselineLearner:
         loss = self._train(task, tensors, trained)
         after = {name: tensors[name].detach().cpu().numpy() for name in trained}
         changed = {name: after.get(name, array) for name, array in trunk.items()}
-        asked = range(task + 1) if self.rule.forgets else (task,)
+        asked = range(task + 1) if self.rule.forgets and look_back else (task,)
         learned_own = {name: after[name] for name in own}
         correct = [self.correct(t, learned_own, changed) for t in asked]
         return Learned(

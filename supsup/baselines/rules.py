@@ -12,8 +12,9 @@ from supsup.errors import ConfigError
 class Rule:
     """How a baseline learns."""
 
-    own: Literal["factors", "head", "network", "nothing"]
-    """What a task has of its own: rank-one factors, the last layer, everything, nothing."""
+    own: Literal["factors", "head", "network", "nothing", "units"]
+    """What a task has of its own: rank-one factors, the last layer, everything, nothing, a mask of
+    hidden units."""
     trunk: Literal["first", "always", "never"]
     """When the weights that tasks share are trained: on task 1, on every task, never (random)."""
     rotated: bool = False
@@ -51,7 +52,7 @@ RULES: Mapping[str, Rule] = {
 #: Task inference by what a superposition of rank-one weights allows.
 METHODS = (
     "h-one-shot", "h-shortlist", "h-binary", "h-gradient-descent", "h-all-masks",
-    "g-one-shot", "g-shortlist", "g-binary", "g-gradient-descent",
+    "g-one-shot", "g-shortlist", "g-binary", "g-gradient-descent", "max-logit",
 )  # fmt: skip
 
 
