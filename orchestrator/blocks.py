@@ -32,6 +32,12 @@ def split(tasks: range, size: int) -> Iterator[range]:
         start = stop
 
 
+def halves(tasks: Sequence[int]) -> list[Sequence[int]]:
+    """Cut two tasks or more into two parts."""
+    middle = len(tasks) // 2
+    return [tasks[:middle], tasks[middle:]]
+
+
 def evaluation_jobs(
     tasks: Sequence[int], decisions_per_task: int, workers: int
 ) -> list[Sequence[int]]:

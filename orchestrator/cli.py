@@ -1,5 +1,6 @@
 """The command line. Heavy modules are imported when a command runs, so that help is quick."""
 
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from orchestrator.session import Outcome, Where
 
 _INTERRUPTED, _TERMINATED = 130, 143
+#: What a full or broken disk says, and what to say then.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_SAFE = "what is finished is safe, mend the disk and go on with supsup resume"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -360,10 +364,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error))
     except RunFailed as error:
         _fail(str(error), status=1)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        place = f"{error.filename} can't be written" if error.filename else "a disk fails"
+        _fail(f"{place}: {error.strerror}; {_SAFE}", status=1)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)

@@ -15,20 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 
+from orchestrator.actors import RayActors, put
+from orchestrator.pool import WorkerPool
 from orchestrator.reach import check_reachable
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
-from supsup.errors import ConfigError, UserError, one_line
+from supsup.errors import ConfigError, RunFailed, UserError, one_line
 from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
 
 #: Seconds in which an autoscaler must have added a node: a machine, an image, packages.
 _NODE_SECONDS = 1800.0
+#: Seconds in which a worker must have come up where there is room for it.
+_START_SECONDS = 300.0
 #: Workers of an embedded cluster that one core can be shared by: each takes about a gigabyte.
 _SHARE = 16
 
@@ -50,6 +55,24 @@ class Cluster:
     workers: int
     started: Callable[[], AbstractContextManager[None]]
     """Gives a context in which Ray runs; an embedded cluster runs in it alone."""
+    follows: bool = False
+    """Whether workers are started on nodes that are added while the run goes on."""
+    elastic: bool = False
+    """Whether nodes are added by an autoscaler, which takes its time."""
+
+    def pool(self, start: Callable[[], Any], most: int | None = None) -> WorkerPool:
+        """Return a pool of workers, of which ``most`` can ever be of use; ``start`` starts one."""
+        actors = RayActors(start, self._room if self.follows else None)
+        size = min(self.workers, most or self.workers)
+        return WorkerPool(actors, size, most, nobody_seconds=self.start_seconds)
+
+    @property
+    def start_seconds(self) -> float:
+        """Seconds in which a worker must come up, on a new node if need be."""
+        return _NODE_SECONDS if self.elastic else _START_SECONDS
+
+    def _room(self) -> int:
+        return _capacity(self.machine.device)
 
     def start_worker(self, setup: WorkerSetup, data: Any) -> Any:
         """Start one worker actor; ``data`` is the object reference of the data set."""
@@ -95,10 +118,10 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
         elastic = is_elastic()
         if elastic:
             _await_first_node(workers, device)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        gpus, cores = _capacity("cuda"), _capacity("cpu") * THREADS
         machine = _probe(gpus)
-        yield _cluster(machine, gpus, cores, workers, device, contextlib.nullcontext, elastic)
+        joined_as = contextlib.nullcontext
+        yield _cluster(machine, gpus, cores, workers, device, joined_as, True, elastic)
 
 
 def _cluster(
@@ -108,6 +131,7 @@ def _cluster(
     workers: int | None,
     device: str,
     started: Callable[[], AbstractContextManager[None]],
+    follows: bool = False,
     elastic: bool = False,
 ) -> Cluster:
     """Return the cluster, checked for what the workers need."""
@@ -120,12 +144,25 @@ def _cluster(
             f"--workers {workers or 1} needs as many {unit}, the cluster has {capacity}; "
             "lower --workers, add nodes, or choose another --train.device"
         )
-    return Cluster(machine=machine, workers=workers or capacity, started=started)
+    return Cluster(
+        machine=machine,
+        workers=workers or capacity,
+        started=started,
+        follows=follows and workers is None,
+        elastic=elastic,
+    )
+
+
+def _capacity(device: str) -> int:
+    """Return how many workers the nodes of the joined cluster have room for in all."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    return gpus if device == "cuda" else cores // THREADS
 
 
 def put_data(data: Dataset) -> Any:
     """Put the data set into the object store, once for all workers."""
-    return ray.put(data)
+    return put(data)
 
 
 @contextlib.contextmanager
@@ -134,7 +171,25 @@ def _embedded(cores: int) -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE") == "token":
         # A token of its own; Ray would leave one in the home folder.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    folder = Path(tempfile.mkdtemp(prefix="supsup-"))
+    folders: list[Path] = []
+    try:
+        for last in (False, False, True):
+            folders.append(Path(tempfile.mkdtemp(prefix="supsup-")))
+            if _start_local(cores, folders[-1], last):
+                break
+        yield
+    finally:
+        ray.shutdown()
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_local(cores: int, folder: Path, last: bool) -> bool:
+    """Start Ray on this machine; return False if it was too busy for that.
+
+    Raises:
+        RunFailed: if so, and this is the last try.
+    """
     try:
         with _own_signal_handler():
             ray.init(
@@ -145,10 +200,27 @@ def _embedded(cores: int) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    # Ray has no class of its own for this.
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        _end_processes(folder)
+        if last:
+            raise RunFailed(
+                "Ray did not start on this machine in three times 30 s; it may be too busy: give "
+                "the command again once it is not"
+            ) from None
+        return False
+    return True
+
+
+def _end_processes(folder: Path) -> None:
+    """End what was started of a Ray that keeps its files in a folder."""
+    ray.shutdown()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(folder) in word for word in process.cmdline()):
+                process.kill()
 
 
 @contextlib.contextmanager

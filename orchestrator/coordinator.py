@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orchestrator.blocks import LearnedPrefix, evaluation_jobs, remaining
-from orchestrator.pool import Failure, Job
+from orchestrator.blocks import LearnedPrefix, evaluation_jobs, halves, remaining
+from orchestrator.jobs import Failure, Job, should_cut
 from orchestrator.progress import Reporter
 from orchestrator.report import Checkpoint, Results, metrics
 from orchestrator.runfolder import RunFolder
@@ -138,7 +138,7 @@ class RunJobs:
             return self._queue.popleft()
         if self._todo and (self._ahead or self._todo[0].start < self._next_checkpoint()):
             block = self._todo.popleft()
-            return Job("train", (block,), tag=("train", block))
+            return _training(block)
         return None
 
     def done(self, job: Job, result: Any) -> None:
@@ -151,14 +151,16 @@ class RunJobs:
 
     def failed(self, job: Job, failure: Failure) -> None:
         """Note a job that is given up; the others go on."""
-        text = f"{_describe(job)} failed, given up: {failure.reason}"
+        often = f" {failure.tries} times" if failure.tries > 1 else ""
+        text = f"{_describe(job)} failed{often}, given up: {failure.reason}"
         self.failures.append(text)
         self._reporter.note(text)
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
         cause = "its worker died" if failure.kind == "died" else failure.reason
-        self._reporter.note(f"{_describe(job)} is tried again: {cause}")
+        how = "in smaller parts" if should_cut(failure.kind, job) else "again"
+        self._reporter.note(f"{_describe(job)} is tried {how}: {cause}")
 
     # --- results -------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ class RunJobs:
         decisions = decisions_per_task(settings, self._bank.manifest.test_images)
         for tasks in evaluation_jobs(asked, decisions, self._workers):
             args = (settings, masks, learned, tasks)
-            self._queue.append(Job("evaluate", args, tag=("evaluate", learned, tasks)))
+            self._queue.append(_evaluation(tasks, args))
 
     def _add(self, part: Evaluation) -> None:
         learned = part.learned
@@ -239,6 +241,27 @@ class RunJobs:
             values["train/seconds_per_task"] = self._worker_seconds / self.trained
         self._tracker.metrics(values, learned)
         self._reporter.note(_summary(checkpoint, self._config.scenario))
+
+
+def _training(block: range) -> Job:
+    """Return the job that trains a block; cut, it trains its halves, to the same masks."""
+
+    def cut() -> list[Job]:
+        return [_training(range(half[0], half[-1] + 1)) for half in halves(block)]
+
+    split_up = cut if len(block) > 1 else None
+    return Job("train", (block,), tag=("train", block), size=len(block), cut=split_up)
+
+
+def _evaluation(tasks: Sequence[int], args: tuple[Any, ...]) -> Job:
+    """Return the job that evaluates some tasks; ``args`` are its arguments, they the fourth."""
+
+    def cut() -> list[Job]:
+        return [_evaluation(half, (*args[:3], half, *args[4:])) for half in halves(tasks)]
+
+    learned, split_up = args[2], cut if len(tasks) > 1 else None
+    size = float(len(tasks) * learned)
+    return Job("evaluate", args, tag=("evaluate", learned, tasks), size=size, cut=split_up)
 
 
 def _describe(job: Job) -> str:

@@ -1,155 +1,159 @@
-"""A pool of Ray actors that work off jobs: bounded retries, dead actors replaced.
+"""A pool of workers that work off jobs: bounded retries, dead and hung workers replaced.
 
 A worker has its next job queued behind the one that it runs, so that it doesn't idle while the
 source takes its result. Workers run their queues in order: the head is what an actor was running
-when it died.
+when it died. Only a worker that is up gets jobs, so one that finds no room, since its node is lost
+or yet to come, keeps nobody waiting; where the number of workers is open, it follows the cluster.
 
 The policy (how deep to queue, what a failure is, what is tried again, when to give up) is in
-plain functions; the loop submits, waits and hands on.
+orchestrator.jobs; the loop submits, waits and hands on.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from supsup.errors import RunFailed, one_line
+from orchestrator.actors import Actors
+from orchestrator.jobs import (
+    Durations,
+    Failure,
+    Job,
+    JobSource,
+    Kind,
+    PoolBroken,
+    as_failure,
+    is_broken,
+    queue_depth,
+    should_cut,
+    should_retry,
+)
 
-#: How often a job is tried again after its worker died, and after it raised an exception.
-MAX_RETRIES = {"died": 3, "raised": 1}
-#: Deaths of workers in a row, without a finished job between them, after which the pool gives up.
-MAX_DEATHS_IN_A_ROW = 12
+__all__ = ["Failure", "Job", "JobSource", "PoolBroken", "WorkerPool"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """One call of a worker's method."""
-
-    method: str
-    args: tuple[Any, ...]
-    tag: Any
-    """What the source knows the job by; never sent to a worker."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a try of a job gave no result."""
-
-    kind: Literal["died", "raised"]
-    reason: str
-
-
-class JobSource(Protocol):
-    """Where jobs come from and results go."""
-
-    def left(self) -> int:
-        """Return how many jobs can start now, at least."""
-
-    def next_job(self) -> Job | None:
-        """Return a job that can start now, if any."""
-
-    def done(self, job: Job, result: Any) -> None:
-        """Take a result."""
-
-    def failed(self, job: Job, failure: Failure) -> None:
-        """Take notice of a job that will not be tried again."""
-
-    def retrying(self, job: Job, failure: Failure) -> None:
-        """Take notice of a failure that will be tried again."""
-
-
-class PoolBroken(RunFailed):
-    """Workers die one after another; the cluster needs attention."""
-
-
-def should_retry(kind: str, history: Counter[str]) -> bool:
-    """Decide whether a job is tried again after a failure; ``history`` counts this one too."""
-    return history[kind] <= MAX_RETRIES[kind]
-
-
-def as_failure(error: RayError) -> Failure:
-    """Tell a user's exception from a dead actor."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return Failure("raised", f"{type(cause).__name__}: {cause}")
-    return Failure("died", one_line(error, 300))
-
-
-def queue_depth(left: int, workers: int) -> int:
-    """Return how many jobs a worker may have at once.
-
-    Two, so that it doesn't wait for the next; but the last jobs are for whoever is free first.
-    """
-    return 2 if left >= workers else 1
+#: Seconds between two looks at the cluster and the clock.
+_LOOK_SECONDS = 5.0
+#: Seconds without a single worker after which the pool gives up.
+_NOBODY_SECONDS = 300.0
 
 
 @dataclass(eq=False)
 class _Worker:
     actor: Any
+    birth: Any
+    """Reference that is ready when the worker is up; None: it is."""
     queue: deque[tuple[Any, Job]] = field(default_factory=deque)
-    """Object references of results to come, and the jobs that they are of, in order."""
-
-    def submit(self, job: Job) -> None:
-        self.queue.append((getattr(self.actor, job.method).remote(*job.args), job))
+    """References of results to come, and the jobs that they are of, in order."""
+    since: float = 0.0
+    """When it began with the head of its queue."""
 
 
 @dataclass
 class _State:
     workers: list[_Worker] = field(default_factory=list)
     again: deque[Job] = field(default_factory=deque)
-    history: dict[Any, Counter[str]] = field(default_factory=dict)
+    history: dict[Any, Counter[Kind]] = field(default_factory=dict)
+    durations: Durations = field(default_factory=Durations)
     deaths_in_a_row: int = 0
 
 
 class WorkerPool:
-    """Runs jobs on a fixed number of actors."""
+    """Runs jobs on workers."""
 
-    def __init__(self, make_worker: Callable[[], Any], size: int) -> None:
-        """Start the actors.
+    def __init__(
+        self,
+        actors: Actors,
+        size: int,
+        most: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        nobody_seconds: float = _NOBODY_SECONDS,
+    ) -> None:
+        """Start the workers.
 
         Args:
-            make_worker: starts one actor and returns its handle.
-            size: how many.
+            actors: where they come from.
+            size: how many; where their number is open, how many at first.
+            most: how many can ever be of use; None: any number.
+            clock: returns the time in seconds.
+            nobody_seconds: how long there may be no worker at all.
         """
-        self._make_worker = make_worker
-        self._state = _State(workers=[_Worker(make_worker()) for _ in range(size)])
+        self._actors, self._size, self._most = actors, size, most
+        self._clock, self._nobody_seconds = clock, nobody_seconds
+        self._state = _State()
+        self._state.workers = [self._start() for _ in range(size)]
+        self._looked = self._last_up = clock()
+
+    @property
+    def actors(self) -> list[Any]:
+        """The handles of the workers."""
+        return [worker.actor for worker in self._state.workers]
 
     def run(self, source: JobSource) -> None:
         """Work until the source has no job and none is running.
 
         Raises:
-            PoolBroken: if workers die again and again.
+            WorkersLost: if workers die again and again, none comes up, or the cluster is gone.
         """
+        self._last_up = self._clock()
         while True:
             self._hand_out(source)
-            heads = {w.queue[0][0]: w for w in self._state.workers if w.queue}
-            if not heads:
+            if self._is_finished(source):
                 return
-            ready, _ = ray.wait(list(heads))
-            for reference in ready:
-                self._collect(source, heads[reference])
+            for worker in self._wait():
+                if worker.birth is not None:
+                    self._take_up(worker)
+                else:
+                    self._collect(source, worker)
+            if self._clock() - self._looked >= _LOOK_SECONDS:
+                self._look(source)
 
     def close(self) -> None:
-        """Stop the actors."""
+        """Stop the workers."""
         for worker in self._state.workers:
-            ray.kill(worker.actor)
+            self._actors.kill(worker.actor)
         self._state = _State()
+
+    # --- jobs ----------------------------------------------------------------------------------
 
     def _hand_out(self, source: JobSource) -> None:
         """Give jobs to the workers with the fewest, as long as there are jobs and room."""
         state = self._state
-        while True:
+        up = [worker for worker in state.workers if worker.birth is None]
+        while up:
             left = len(state.again) + source.left()
-            worker = min(state.workers, key=lambda w: len(w.queue))
-            if len(worker.queue) >= queue_depth(left, len(state.workers)):
+            worker = min(up, key=lambda w: len(w.queue))
+            # What is about to come up shall find something to do.
+            depth = queue_depth(left, len(up)) if len(up) == len(state.workers) else 1
+            if len(worker.queue) >= depth:
                 return
             job = state.again.popleft() if state.again else source.next_job()
             if job is None:
                 return
-            worker.submit(job)
+            if not worker.queue:
+                worker.since = self._clock()
+            worker.queue.append((self._actors.submit(worker.actor, job), job))
+
+    def _is_finished(self, source: JobSource) -> bool:
+        state = self._state
+        if state.again or any(worker.queue for worker in state.workers):
+            return False
+        job = source.next_job()
+        if job is not None:
+            state.again.append(job)
+        return job is None
+
+    def _wait(self) -> list[_Worker]:
+        """Wait a while for a worker that comes up, or has a result."""
+        workers = self._state.workers
+        waiting = {w.birth: w for w in workers if w.birth is not None}
+        waiting |= {w.queue[0][0]: w for w in workers if w.queue}
+        if not waiting:
+            return []
+        pause = max(0.0, self._looked + _LOOK_SECONDS - self._clock())
+        return [waiting[reference] for reference in self._actors.wait(list(waiting), pause)]
 
     def _collect(self, source: JobSource, worker: _Worker) -> None:
         """Take the result at the head of a worker's queue; the worker is looked at last again."""
@@ -157,38 +161,100 @@ class WorkerPool:
         state.workers.remove(worker)
         state.workers.append(worker)
         reference, job = worker.queue.popleft()
+        seconds, worker.since = self._clock() - worker.since, self._clock()
         try:
-            result = ray.get(reference)
+            result = self._actors.result(reference)
         except RayError as error:
             self._after_failure(source, job, worker, as_failure(error))
             return
         state.deaths_in_a_row = 0
+        state.durations.add(job, seconds)
         source.done(job, result)
+
+    # --- failures ------------------------------------------------------------------------------
 
     def _after_failure(
         self, source: JobSource, job: Job, worker: _Worker, failure: Failure
     ) -> None:
         state = self._state
-        if failure.kind == "died":
-            self._replace(worker, failure)
         history = state.history.setdefault(job.tag, Counter())
         history[failure.kind] += 1
-        if should_retry(failure.kind, history):
-            state.again.append(job)
+        failure = replace(failure, tries=history.total())
+        # A worker that ran out of memory may hold on to the most of it.
+        if failure.kind in ("died", "memory", "hung"):
+            self._replace(worker, failure)
+        if should_cut(failure.kind, job) and job.cut is not None:
             source.retrying(job, failure)
+            state.again.extend(job.cut())
+        elif should_retry(failure.kind, history):
+            source.retrying(job, failure)
+            state.again.append(job)
         else:
             source.failed(job, failure)
 
     def _replace(self, worker: _Worker, failure: Failure) -> None:
-        """Start another actor for one that died; what was queued behind is nobody's fault."""
+        """Start another worker for one that died; what was queued behind is nobody's fault."""
         state = self._state
-        state.deaths_in_a_row += 1
-        if state.deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
+        if failure.kind != "memory":
+            state.deaths_in_a_row += 1
+        if is_broken(state.deaths_in_a_row, len(state.workers)):
             raise PoolBroken(
                 f"{state.deaths_in_a_row} workers died in a row, the last one because: "
                 f"{failure.reason}"
             )
-        ray.kill(worker.actor)
-        worker.actor = self._make_worker()
+        self._actors.kill(worker.actor)
         state.again.extendleft(queued for _, queued in reversed(worker.queue))
-        worker.queue.clear()
+        place = state.workers.index(worker)
+        state.workers[place] = self._start()
+
+    # --- workers -------------------------------------------------------------------------------
+
+    def _start(self) -> _Worker:
+        actor = self._actors.start()
+        return _Worker(actor, self._actors.born(actor))
+
+    def _take_up(self, worker: _Worker) -> None:
+        """Note that a worker is up, or that it died before."""
+        try:
+            self._actors.result(worker.birth)
+        except RayError as error:
+            self._replace(worker, as_failure(error))
+            return
+        worker.birth = None
+
+    def _look(self, source: JobSource) -> None:
+        """Look at the cluster and the clock: who is missing, too many, or hangs."""
+        self._looked = self._clock()
+        state = self._state
+        room = self._actors.room()
+        if any(worker.birth is None for worker in state.workers):
+            self._last_up = self._looked
+        elif self._looked - self._last_up > self._nobody_seconds:
+            raise PoolBroken(
+                f"no worker came up in {self._nobody_seconds / 60:.0f} minutes; see ray status"
+            )
+        if room is not None:
+            self._follow(max(1, min(room, self._most or room)))
+        for worker in list(state.workers):
+            self._check_clock(source, worker)
+
+    def _follow(self, target: int) -> None:
+        """Have as many workers as there is room for; one that is up is never stopped."""
+        workers = self._state.workers
+        for worker in [w for w in workers if w.birth is not None]:
+            if len(workers) > target:
+                workers.remove(worker)
+                self._actors.kill(worker.actor)
+        workers.extend(self._start() for _ in range(target - len(workers)))
+
+    def _check_clock(self, source: JobSource, worker: _Worker) -> None:
+        """Stop a worker whose job takes far longer than others like it."""
+        if not worker.queue:
+            return
+        reference, job = worker.queue[0]
+        seconds, limit = self._clock() - worker.since, self._state.durations.limit(job)
+        if limit is None or seconds <= limit or self._actors.wait([reference], 0):
+            return
+        worker.queue.popleft()
+        reason = f"no result after {seconds:.0f} s, where {limit:.0f} s are far more than is usual"
+        self._after_failure(source, job, worker, Failure("hung", reason))

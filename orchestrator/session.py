@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.table import Table
 
 from orchestrator import report, stream_report
+from orchestrator.actors import put
 from orchestrator.blocks import learned_prefix
 from orchestrator.chunks import ChunkedRun
 from orchestrator.cluster import Cluster, Machine, check_device, connect, put_data
 from orchestrator.coordinator import RunJobs
 from orchestrator.crew import Crew
-from orchestrator.pool import WorkerPool
+from orchestrator.jobs import WorkersLost
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
 from orchestrator.stream import StreamRun
@@ -105,7 +105,8 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
                     "again alone: begin again with another --name"
                 )
             task = _Task(cluster, config, checkpoints(config), data, bank, folder, reporter)
-            return task.work(stock, store, launch, folder.path / "report", started)
+            with _naming_the_remedy(f"supsup resume {folder.name}"):
+                return task.work(stock, store, launch, folder.path / "report", started)
 
 
 def evaluate(
@@ -166,7 +167,8 @@ def evaluate(
         labels = [report.label(method, config.eval) for method in config.eval.methods]
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
         report_dir = folder.path / "report" / "+".join(labels)
-        return task.work(stock, store, launch, report_dir, started)
+        with _naming_the_remedy("the same command"):
+            return task.work(stock, store, launch, report_dir, started)
 
 
 def _checkpoints_learned(
@@ -241,7 +243,7 @@ class _Task:
                 folder=self._folder,
                 tracker=tracking.tracker,
                 reporter=self._reporter,
-                put=ray.put,
+                put=put,
                 workers=self._cluster.workers,
                 train=self._train,
             )
@@ -318,7 +320,7 @@ class _Task:
 
     def _run_pool(self, jobs: RunJobs) -> None:
         with self._workers() as start_worker:
-            pool = WorkerPool(start_worker, min(self._cluster.workers, jobs.widest))
+            pool = self._cluster.pool(start_worker, jobs.widest)
             try:
                 pool.run(jobs)
             finally:
@@ -327,7 +329,8 @@ class _Task:
     @contextmanager
     def _crew(self) -> Iterator[Crew]:
         with self._workers() as start_worker:
-            crew = Crew(start_worker, self._cluster.workers, self._reporter.note)
+            size, patience = self._cluster.workers, self._cluster.start_seconds
+            crew = Crew(start_worker, size, self._reporter.note, patience)
             try:
                 yield crew
             finally:
@@ -386,6 +389,15 @@ def _tracking(
         raise
     finally:
         tracking.delivered = tracking.tracker.close(tracking.status)
+
+
+@contextmanager
+def _naming_the_remedy(again: str) -> Iterator[None]:
+    """Say how to go on when there is nobody left to work."""
+    try:
+        yield
+    except WorkersLost as error:
+        raise type(error)(f"{error}; what is finished is safe, go on with {again}") from error
 
 
 def load(config: RunConfig, data_dir: str) -> Dataset:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from supsup.errors import BankError, DeterminismFault, one_line
+from supsup.errors import BankError, DeterminismFault, DiskFault, one_line
 from supsup.files import publish, sync_folder, write_atomically
 from supsup.manifest import Manifest, dump_manifest, parse_manifest
 from supsup.masking import padding_is_zero
@@ -161,7 +161,7 @@ class Bank:
 
         Raises:
             DeterminismFault: if it is there already with other bytes.
-            BankError: if the block doesn't fit this bank, or the disk fails.
+            BankError: if the block doesn't fit this bank; a ``DiskFault`` if the disk fails.
         """
         tasks = range(block.first, block.first + len(block.masks))
         statistics = block.statistics
@@ -178,7 +178,7 @@ class Bank:
         try:
             new = publish(path, content)
         except OSError as error:
-            raise BankError(
+            raise DiskFault(
                 f"{path} can't be written: {error.strerror}; the blocks before it are safe, "
                 "mend the disk and run supsup resume"
             ) from error

@@ -65,6 +65,10 @@ class RunFailed(RuntimeError):
     """The run can't go on, and no setting of the user is to blame. The message is one line."""
 
 
+class DiskFault(BankError, RunFailed):
+    """A disk is full or broken; what was stored before is safe."""
+
+
 class DeterminismFault(RunFailed):
     """The same task gave different masks in two trainings; the results can't be trusted."""
 

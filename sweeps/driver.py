@@ -6,6 +6,7 @@ and no worker idles. Trials of one bank take turns: what one has trained, the ne
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -291,7 +292,16 @@ class SweepJobs:
         opened = active.opened
         tag = (active.ready.trial.number, job.tag)
         self._of[tag] = active, job
-        return Job("call", (opened.setup, opened.data, job.method, *job.args), tag)
+        args = (opened.setup, opened.data, job.method, *job.args)
+        kind = (active.ready.trial.number, job.method if job.kind is None else job.kind)
+        cut = functools.partial(self._cut, active, job, tag) if job.cut else None
+        return Job("call", args, tag, size=job.size, kind=kind, cut=cut)
+
+    def _cut(self, active: _Active, job: Job, tag: Any) -> list[Job]:
+        """Return smaller jobs in a job's place."""
+        self._of.pop(tag)
+        active.running -= 1
+        return [self._wrapped(active, part) for part in (job.cut() if job.cut else ())]
 
     def _start(self) -> bool:
         """Start a trial; say whether there was one to start."""

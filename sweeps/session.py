@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.table import Table
 
+from orchestrator.actors import put
 from orchestrator.cluster import Cluster, connect
 from orchestrator.coordinator import RunJobs
 from orchestrator.outbox import Outbox
-from orchestrator.pool import WorkerPool
 from orchestrator.runfolder import SWEEPS, Launch, check_name, check_runs_dir
 from orchestrator.session import git_commit
 from orchestrator.tracking import store_for
@@ -353,7 +352,7 @@ class _Workers:
 
     def put(self, value: Any) -> Any:
         self.start()
-        return ray.put(value)
+        return put(value)
 
     def data(self, site: Site, config: RunConfig) -> Any:
         key = data_key(config)
@@ -368,7 +367,7 @@ class _Workers:
             return
         jobs.give_back(first)
         self.start()
-        pool = WorkerPool(lambda: start_worker(self._cluster, keep), self._cluster.workers)
+        pool = self._cluster.pool(lambda: start_worker(self._cluster, keep))
         try:
             pool.run(jobs)
         finally:

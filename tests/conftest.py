@@ -10,7 +10,8 @@ os.environ |= {
 }
 
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def figures(capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Shows what a test measured, whatever pytest does with its output."""
+
+    def show(text: str) -> None:
+        with capfd.disabled():
+            sys.stderr.write(f"\n[figures] {text}\n")
+
+    return show
 
 
 @pytest.fixture(scope="session")

@@ -156,6 +156,47 @@ def test_checkpoints_are_finished_in_order_and_one_that_fails_holds_up_none(
     assert expected == pytest.approx(notes.values[8]["gnu/accuracy"])
 
 
+def cut_up(job, do):
+    """Do a job in the smallest parts that it can be cut into."""
+    if job.cut is None:
+        do(job)
+    for part in job.cut() if job.cut else ():
+        assert 0 < part.size < job.size
+        cut_up(part, do)
+
+
+def test_jobs_cut_into_single_tasks_give_the_same(quick, bank, worker, trained, digits):
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes)
+    done = []
+
+    def do(job):
+        done.append(job.tag)
+        jobs.done(job, getattr(worker, job.method)(*job.args))
+
+    while job := jobs.next_job():
+        cut_up(job, do)
+    assert len(set(done)) == len(done) == 8 + 4 + 8
+    np.testing.assert_array_equal(bank.read(range(8)).masks, trained.masks)
+    expected = Evaluator(quick, digits).evaluate(quick.eval, trained.masks, 8, range(8))
+    found = jobs.results("name", "digits").checkpoints[-1].evaluation
+    np.testing.assert_array_equal(found.counts, expected.counts)
+
+
+def test_what_is_tried_again_or_given_up_is_said(quick, bank):
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes)
+    job = jobs.next_job()
+    jobs.retrying(job, Failure("died", "killed"))
+    jobs.retrying(job, Failure("memory", "OutOfMemoryError: CUDA"))
+    jobs.failed(job, Failure("hung", "no result after 300 s", tries=2))
+    assert notes.lines == [
+        "tasks 0 to 2 is tried again: its worker died",
+        "tasks 0 to 2 is tried in smaller parts: OutOfMemoryError: CUDA",
+        "tasks 0 to 2 failed 2 times, given up: no result after 300 s",
+    ]
+
+
 def test_scenario_gg_evaluates_nothing(quick, full_bank, worker):
     notes = Notes()
     config = with_values(quick, {"scenario": "gg"})

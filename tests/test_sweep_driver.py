@@ -156,6 +156,21 @@ def test_trials_go_on_alike_as_many_as_may(plain, quick):
     assert {trial for trial, _ in loop(jobs)} == {0, 1, 2}
 
 
+def test_jobs_that_find_no_memory_are_done_in_parts(plain, quick):
+    jobs, study, notes = plain(grid(quick, **{"train.batches": [3, 4]}))
+    worker, whole = SweepWorker(2), 0
+    while job := jobs.next_job():
+        parts = [job]
+        if job.cut:
+            jobs.retrying(job, Failure("memory", "OutOfMemoryError"))
+            parts, whole = job.cut(), whole + 1
+        for part in parts:
+            jobs.done(part, worker.call(*part.args))
+    assert whole >= 4
+    assert notes.tasks == 8
+    assert [record.state for record in study.records()] == ["done", "done"]
+
+
 def test_a_failed_arm_does_not_stop_the_others(plain, quick):
     jobs, study, _ = plain(grid(quick, **{"train.batches": [3, 4]}), 1)
     worker = SweepWorker(2)
