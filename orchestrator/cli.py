@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ import click
 
 import supsup
 from orchestrator import options
+from supsup.baselines.settings import learner_values
 from supsup.config import RunConfig
-from supsup.errors import ConfigError, RunFailed, UserError, plain, redacted
-from supsup.fields import with_values
-from supsup.recipes import PROTOCOLS, RECIPES
+from supsup.errors import ConfigError, RunFailed, UserError, near, plain, redacted, shown
+from supsup.fields import as_text, get_field, with_values
+from supsup.recipes import ANY_FOLDER, PROTOCOLS, RECIPES
+from supsup.recipes import quick as quick_values
 
 if TYPE_CHECKING:
     from orchestrator.runfolder import Launch
@@ -56,6 +58,11 @@ def cli() -> None:
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--name", help="name of the run  [recipe and fingerprint]")
 @click.option(
+    "--quick",
+    is_flag=True,
+    help="fewer tasks, batches and test images: minutes on 2 cores; says what it changes",
+)
+@click.option(
     "--protocol",
     type=click.Choice(list(PROTOCOLS)),
     default="default",
@@ -71,6 +78,7 @@ def cli() -> None:
 def run(
     recipe: str,
     name: str | None,
+    quick: bool,
     protocol: str,
     objective: str | None,
     algorithm: str | None,
@@ -83,21 +91,33 @@ def run(
 ) -> None:
     """Train the masks of a RECIPE and evaluate them; go on if they are partly trained.
 
-    \b
-    Recipes:
-      permuted-digits   scikit-learn's 8x8 digits; needs no download
-      permuted-mnist    PermutedMNIST with LeNet-300-100
-      open-digits       open set (scenario nns) on the digits: no task is ever named
+    What RECIPEs there are, and their settings, is said by: supsup recipes
 
     A run with the same training settings as an existing one continues it: asking for 100 tasks
     after 50 trains the other 50.
-    """  # noqa: D301
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe is {recipe!r}, must be one of {', '.join(RECIPES)}")
-    config = with_values(RECIPES[recipe](), {**PROTOCOLS[protocol], **options.given(fields)})
+    """
+    given = options.given(fields)
+    config = with_values(_recipe(recipe)(), {**PROTOCOLS[protocol], **learner_values(given)})
+    if quick:
+        config = _quick(config, given)
+    config = with_values(config, given)
     config = with_values(config, options.methods(config, objective, algorithm))
+    if config.dataset == ANY_FOLDER:
+        raise ConfigError(
+            f"recipe {recipe} needs a data set: give --dataset images:DIR, a folder with train/ "
+            "and test/, and in them a folder of images per class"
+        )
     launch = _launch(recipe, config, data_dir, tracking_uri)
     _run(_where(runs_dir, workers, address), launch, name)
+
+
+@cli.command()
+@click.argument("name", metavar="[NAME]", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or say all that the recipe NAME sets."""
+    from orchestrator.recipe_list import all_recipes, one_recipe
+
+    click.echo(one_recipe(name, _recipe(name)) if name else all_recipes())
 
 
 @cli.command()
@@ -174,9 +194,11 @@ def bank() -> None:
 def bank_info(name: str, runs_dir: str) -> None:
     """Say what the bank of a RUN holds."""
     from orchestrator.blocks import learned_prefix
+    from supsup.storage import mask_storage
 
     opened = _open_bank(runs_dir, name)
     manifest, config = opened.manifest, opened.manifest.config
+    storage = mask_storage(config.mask, manifest.layers, manifest.statistics)
     blocks = opened.blocks()
     tasks = sum(len(tasks) for tasks, _ in blocks)
     shapes = ", ".join(f"{x.name} {x.outputs}x{x.inputs}" for x in manifest.layers)
@@ -185,6 +207,8 @@ def bank_info(name: str, runs_dir: str) -> None:
         "tasks": f"{tasks} in {len(blocks)} blocks, "
         f"{learned_prefix(tasks for tasks, _ in blocks)} from task 0 on without a gap",
         "size": f"{opened.size():,} bytes, {manifest.mask_bytes:,} per mask",
+        "stored": f"{storage.per_task:,} bytes per task ({storage.what}) and the seed",
+        "tasks are": f"{config.family}, of {manifest.classes} classes each",
         "model": f"{config.model.name}: {shapes}",
         "data set": f"{config.dataset}, SHA-256 {manifest.dataset_sha256[:16]}",
         "seed": config.seed,
@@ -260,6 +284,26 @@ def sync(names: tuple[str, ...], runs_dir: str, tracking_uri: str | None) -> Non
 
 
 # --- what the commands share -----------------------------------------------------------------
+
+
+def _recipe(name: str) -> Callable[[], RunConfig]:
+    if name not in RECIPES:
+        raise ConfigError(
+            f"recipe is {shown(name)}, must be one of {', '.join(RECIPES)}{near(name, RECIPES)}"
+        )
+    return RECIPES[name]
+
+
+def _quick(config: RunConfig, given: dict[str, Any]) -> RunConfig:
+    """Shrink a configuration in all that was not given; say how."""
+    changes = {name: value for name, value in quick_values(config).items() if name not in given}
+    small = with_values(config, changes)
+    said = ", ".join(
+        f"{name} {as_text(get_field(small, name))} instead of {as_text(get_field(config, name))}"
+        for name in changes
+    )
+    click.echo(f"quick: {said or 'nothing to shrink'}", err=True)
+    return small
 
 
 def _where(runs_dir: str, workers: int | None, address: str | None) -> "Where":

@@ -6,8 +6,10 @@ Shapes: T tasks.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from supsup.measures import AccuracyMatrix
 from supsup.storage import Storage
 
 _OBJECTIVE_NAMES = {"h": "H ", "g": "G ", "": ""}
+#: Methods that the table has columns for.
+_COLUMNS = 3
 _SCENARIO_NAMES = {"gg": "GG", "gns": "GNs", "gnu": "GNu"}
 
 
@@ -111,6 +115,15 @@ def label(method: str, settings: EvalConfig) -> str:
     return name
 
 
+def folder_name(settings: EvalConfig) -> str:
+    """Return the name of a folder for what an evaluation shows: its methods, or the first."""
+    labels = [label(method, settings) for method in settings.methods]
+    if len(labels) <= _COLUMNS:
+        return "+".join(labels)
+    digest = hashlib.sha256("+".join(labels).encode()).hexdigest()[:8]
+    return f"{labels[0]}+{len(labels) - 1}-more-{digest}"
+
+
 def metrics(
     checkpoint: Checkpoint, scenario: str, settings: EvalConfig, sizes: Sizes
 ) -> dict[str, float]:
@@ -150,7 +163,10 @@ def field_metrics(results: Results) -> dict[str, float]:
 
 
 def table(results: Results) -> Table:
-    """Return the table of accuracies (in %) against tasks learned."""
+    """Return the table of accuracies (in %) against tasks learned.
+
+    A column per method, or a row where there are too many for a terminal.
+    """
     scenario = _SCENARIO_NAMES[results.scenario]
     shown = Table(
         title=f"{results.name}: accuracy in % on {results.dataset}",
@@ -160,25 +176,37 @@ def table(results: Results) -> Table:
     shown.add_column("tasks\nlearned", justify="right")
     shown.add_column("GG", justify="right")
     methods = results.settings.methods if results.scenario != "gg" else ()
-    for method in methods:
-        name = method_name(method, results.settings)
+    long = len(methods) > _COLUMNS
+    if long:
+        shown.add_column("method")
+        shown.add_column(f"{scenario} (task found)", justify="right")
+    for name in () if long else (method_name(method, results.settings) for method in methods):
         shown.add_column(f"{name}\n{scenario} (task found)", justify="right")
     for checkpoint in results.checkpoints:
         row = [str(checkpoint.learned), f"{100 * checkpoint.gg_accuracy:.2f}"]
-        if checkpoint.evaluation is not None:
-            for method in methods:
-                row.append(_cell(checkpoint.evaluation, method, results))
-        shown.add_row(*row)
+        cells = _cells(checkpoint, methods, results)
+        if not long:
+            shown.add_row(*row, *cells)
+            continue
+        for method, cell in zip(methods, cells, strict=True):
+            shown.add_row(*row, method_name(method, results.settings), cell)
+            row = ["", ""]
     return shown
 
 
-def _cell(evaluation: Evaluation, method: str, results: Results) -> str:
+def _cells(checkpoint: Checkpoint, methods: Sequence[str], results: Results) -> list[str]:
     """Return ``accuracy (task found)`` in %, with the 95 % interval if it is an estimate."""
-    text = f"{100 * evaluation.accuracy(method, results.scenario):.2f}"
-    if evaluation.is_sample(results.sizes):
-        width = evaluation.accuracy_half_width(method, results.scenario, results.sizes)
-        text += " ± ?" if math.isnan(width) else f" ± {100 * width:.2f}"
-    return f"{text} ({100 * evaluation.task_accuracy(method):.2f})"
+    evaluation = checkpoint.evaluation
+    if evaluation is None:
+        return []
+    cells = []
+    for method in methods:
+        text = f"{100 * evaluation.accuracy(method, results.scenario):.2f}"
+        if evaluation.is_sample(results.sizes):
+            width = evaluation.accuracy_half_width(method, results.scenario, results.sizes)
+            text += " ± ?" if math.isnan(width) else f" ± {100 * width:.2f}"
+        cells.append(f"{text} ({100 * evaluation.task_accuracy(method):.2f})")
+    return cells
 
 
 def notes(results: Results) -> list[str]:

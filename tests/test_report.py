@@ -13,6 +13,7 @@ from orchestrator.report import (
     Checkpoint,
     Results,
     field_metrics,
+    folder_name,
     label,
     metrics,
     subject,
@@ -157,6 +158,23 @@ def test_the_table_fits_a_terminal(results):
     assert "±" not in text
     for part in ("H shortlist", "G one-shot", "95.67", "85.00 (95.00)", "60.00 (70.00)"):
         assert part in text
+
+
+def test_many_methods_are_rows_of_the_table(results):
+    names = ("h-shortlist", "h-one-shot", "g-one-shot", "h-gradient-descent", "max-logit")
+    settings = with_values(RunConfig(), {"eval.methods": ",".join(names), "eval.batch": 128}).eval
+    counts = np.repeat(checkpoint(5).evaluation.counts[:1], len(names), axis=0)
+    evaluation = replace(checkpoint(5).evaluation, methods=names, counts=counts)
+    last = replace(checkpoint(5), evaluation=evaluation)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(replace(results, settings=settings, checkpoints=(last,))))
+    text = console.export_text()
+    assert "…" not in text
+    rows = [line for line in text.splitlines() if "85.00 (95.00)" in line]
+    said = ("H shortlist", "H one-shot", "G one-shot", "gradient-descent, 128", "max-logit, 128")
+    assert all(name in row for name, row in zip(said, rows, strict=True))
+    assert folder_name(settings).startswith("h-shortlist-b128+4-more-")
+    assert folder_name(SETTINGS) == "h-shortlist+g-one-shot"
 
 
 def test_the_files_say_what_was_measured(results, tmp_path):
