@@ -205,11 +205,9 @@ class BaselineJobs:
 
     def left(self) -> int:
         """Return how many jobs can start now, those of checkpoints not opened yet not counted."""
-        if not self._todo or not self._can_start(self._todo[0]):
-            return len(self._queue)
-        return len(self._queue) + (
-            1 if self._rule.needs(self._todo[0]) is None else len(self._todo)
-        )
+        waiting = len(self._todo) if self._todo and self._can_start(self._todo[0]) else 0
+        alone = waiting and self._rule.trains_trunk(self._todo[0])
+        return len(self._queue) + (1 if alone else waiting)
 
     def next_job(self) -> Job | None:
         """Return an evaluation that is due, else the next task whose needs are met."""
