@@ -14,15 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from orchestrator.blocks import LearnedPrefix, evaluation_jobs, halves, remaining
+from orchestrator.chain import Chain
 from orchestrator.jobs import Failure, Job, should_cut
 from orchestrator.progress import Reporter
-from orchestrator.report import Checkpoint, Results, metrics
+from orchestrator.report import Checkpoint, Results, field_metrics, metrics
 from orchestrator.runfolder import RunFolder
 from supsup.bank import Bank, Stock
 from supsup.config import RunConfig
 from supsup.evaluate import Evaluation, decisions_per_task, merge
 from supsup.sampling import sampled_tasks
+from supsup.storage import mask_storage
 from supsup.train import TrainedBlock
+from supsup.transfer import LegacyStore, chained
 
 _TRAINED, _EVALUATED = "tasks trained", "tasks evaluated"
 
@@ -71,6 +74,7 @@ class RunJobs:
         self.trained = 0
         self.first_block_at: float | None = None
         self._config, self._bank, self._folder = config, bank, folder
+        self._sizes = bank.manifest.sizes(config.tasks)
         self._tracker, self._reporter, self._put = tracker, reporter, put
         self._workers, self._ahead = workers, ahead
         for damage in stock.damaged if train else ():
@@ -80,11 +84,22 @@ class RunJobs:
         self._gg_correct = np.zeros(config.tasks, dtype=np.int64)
         for tasks, gg_correct in zip(stock.tasks, stock.gg_correct, strict=True):
             self._note_gg(tasks.start, gg_correct)
+        self._chain: Chain | None = None
         missing = remaining(config.tasks, config.block_size, stock.tasks) if train else []
+        if missing and chained(config):
+            store = LegacyStore(folder.path / "transfer", config, bank.manifest.fingerprint)
+            self._chain = Chain(config, store, stock.tasks, put)
+            missing = self._chain.todo
+            reporter.note(
+                f"tasks depend on each other with mask.transfer {config.mask.transfer}: they are "
+                "trained one after another"
+            )
         self._todo = deque(missing)
         self._queue: deque[Job] = deque()
         self._parts: dict[int, list[Evaluation]] = {}
         self._unanswered: dict[int, int] = {}
+        self._unfinished = deque(checkpoints)
+        self._evaluated: dict[int, Evaluation | None] = {}
         self._finished: dict[int, Checkpoint] = {}
         self._worker_seconds = 0.0
         self._warned: set[str] = set()
@@ -101,21 +116,23 @@ class RunJobs:
     @property
     def widest(self) -> int:
         """Jobs that can ever run side by side, at most; 0 if there is nothing to do."""
-        return max([len(self._todo), *(len(self._asked(k)) for k in self._waiting)])
+        return max([self._startable(), *(len(self._asked(k)) for k in self._waiting)])
 
     def results(self, name: str, dataset: str) -> Results | None:
         """Return what the run has to show so far; None before the first checkpoint."""
         if not self._finished:
             return None
         ordered = tuple(self._finished[k] for k in sorted(self._finished))
+        manifest, learned = self._bank.manifest, ordered[-1].learned
         return Results(
             name=name,
             dataset=dataset,
             scenario=self._config.scenario,
             settings=self._config.eval,
             checkpoints=ordered,
-            gg_correct=self._gg_correct[: ordered[-1].learned],
-            test_images=self._bank.manifest.test_images,
+            gg_correct=self._gg_correct[:learned],
+            sizes=self._sizes[:learned],
+            storage=mask_storage(manifest.config.mask, manifest.layers, manifest.statistics),
         )
 
     def drop_rest(self) -> None:
@@ -128,7 +145,13 @@ class RunJobs:
 
     def left(self) -> int:
         """Return how many jobs can start now, those of checkpoints not opened yet not counted."""
-        return len(self._queue) + len(self._todo)
+        return len(self._queue) + self._startable()
+
+    def _startable(self) -> int:
+        """Return how many blocks can start now."""
+        if self._chain is None:
+            return len(self._todo)
+        return min(len(self._todo), int(self._chain.ready()))
 
     def next_job(self) -> Job | None:
         """Return an evaluation that is due, else the next block."""
@@ -136,16 +159,20 @@ class RunJobs:
             self._open_checkpoint(self._waiting.popleft())
         if self._queue:
             return self._queue.popleft()
-        if self._todo and (self._ahead or self._todo[0].start < self._next_checkpoint()):
+        if self._startable() and (self._ahead or self._todo[0].start < self._next_checkpoint()):
             block = self._todo.popleft()
-            return _training(block)
+            return self._chain.job(block) if self._chain else _training(block)
         return None
 
     def done(self, job: Job, result: Any) -> None:
         """Commit a block, or add up an evaluation."""
-        if job.method == "train":
+        if job.tag[0] == "train":
             self._warn(result.slow)
+            if self._chain:
+                self._chain.keep(job.tag[1], result.legacy)
             self._commit(result.block)
+            if self._chain:
+                self._chain.committed(job.tag[1])
         else:
             self._add(result)
 
@@ -155,6 +182,11 @@ class RunJobs:
         text = f"{_describe(job)} failed{often}, given up: {failure.reason}"
         self.failures.append(text)
         self._reporter.note(text)
+        if job.method == "evaluate":
+            self._give_up(job.args[2])
+        elif self._chain and self._todo:
+            self._reporter.note(f"{len(self._todo)} blocks behind it start from it: left out")
+            self._todo.clear()
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
@@ -209,11 +241,13 @@ class RunJobs:
         if self._settle(learned):
             return
         asked, settings = self._asked(learned), self._config.eval
-        masks = self._put(self._bank.read(range(learned)).masks)
+        rows = self._bank.read(range(learned))
+        masks = self._put(rows.masks)
+        norm = (None, self._put(rows.statistics)) if self._bank.manifest.statistics else ()
         self._parts[learned], self._unanswered[learned] = [], len(asked)
-        decisions = decisions_per_task(settings, self._bank.manifest.test_images)
+        decisions = decisions_per_task(settings, int(self._sizes.max()))
         for tasks in evaluation_jobs(asked, decisions, self._workers):
-            args = (settings, masks, learned, tasks)
+            args = (settings, masks, learned, tasks, *norm)
             self._queue.append(_evaluation(tasks, args))
 
     def _add(self, part: Evaluation) -> None:
@@ -227,15 +261,30 @@ class RunJobs:
             self._finish(learned, whole)
 
     def _finish(self, learned: int, evaluation: Evaluation | None) -> None:
-        images = learned * self._bank.manifest.test_images
+        """Finish a checkpoint once those before it are: its measures look back at them."""
+        self._evaluated[learned] = evaluation
+        while self._unfinished and self._unfinished[0] in self._evaluated:
+            first = self._unfinished.popleft()
+            self._show(first, self._evaluated.pop(first))
+
+    def _give_up(self, learned: int) -> None:
+        """Let the checkpoints behind one that can't be evaluated go on without it."""
+        if learned in self._unfinished:
+            self._unfinished.remove(learned)
+        if self._unfinished and self._unfinished[0] in self._evaluated:
+            self._finish(self._unfinished[0], self._evaluated[self._unfinished[0]])
+
+    def _show(self, learned: int, evaluation: Evaluation | None) -> None:
+        rates_T = self._gg_correct[:learned] / self._sizes[:learned]
         checkpoint = Checkpoint(
             learned=learned,
-            gg_accuracy=float(self._gg_correct[:learned].sum() / images),
+            gg_accuracy=float(rates_T.mean()),
             evaluation=evaluation,
         )
         self._finished[learned] = checkpoint
-        test_images = self._bank.manifest.test_images
-        values = metrics(checkpoint, self._config.scenario, self._config.eval, test_images)
+        values = metrics(checkpoint, self._config.scenario, self._config.eval, self._sizes)
+        results = self.results(self._folder.name, self._config.dataset)
+        values |= field_metrics(results) if results else {}
         values["bank/bytes"] = float(self._bank.size(learned))
         if self.trained:
             values["train/seconds_per_task"] = self._worker_seconds / self.trained
@@ -267,7 +316,7 @@ def _evaluation(tasks: Sequence[int], args: tuple[Any, ...]) -> Job:
 def _describe(job: Job) -> str:
     tasks = job.tag[-1]
     name = f"tasks {tasks[0]} to {tasks[-1]}"
-    return name if job.method == "train" else f"evaluation of {name} among {job.tag[1]}"
+    return name if job.tag[0] == "train" else f"evaluation of {name} among {job.tag[1]}"
 
 
 def _summary(checkpoint: Checkpoint, scenario: str) -> str:

@@ -71,7 +71,7 @@ def test_quick_says_what_it_changes_and_leaves_what_was_given(tmp_path):
 def test_help_names_recipes_only_where_few_differ():
     text = re.sub(r"\s+", " ", run("run", "--help").output).replace("- ", "-")
     assert "tasks to learn [50; recipes differ: see supsup recipes NAME]" in text
-    assert "[random; split-mnist: sorted]" in text
+    assert "[32; split-imagenet: 224]" in text
 
 
 def test_an_unknown_recipe_suggests_the_near_one():
