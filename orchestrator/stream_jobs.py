@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.coordinator import MetricSink
-from orchestrator.pool import Failure, Job
+from orchestrator.jobs import Failure, Job
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_book import CHECKED, EVALUATED, StreamBook, evaluations, store
@@ -157,8 +157,8 @@ class StreamJobs:
             self._plan_evaluation(learned)
         elif not book.over:
             numbers = book.until_checkpoint(STRETCH)
-            job = Job("learn_stretch", (numbers, self._history()), ("learn_stretch", numbers))
-            self._queue.append(job)
+            args, tag = (numbers, self._history()), ("learn_stretch", numbers)
+            self._queue.append(Job("learn_stretch", args, tag, size=len(numbers)))
         else:
             self._plan_tests()
 
@@ -171,7 +171,8 @@ class StreamJobs:
         )  # fmt: skip
         self._parts, self._unanswered = [], len(jobs)
         self._queue.extend(
-            Job("evaluate", args, ("evaluate", learned, number)) for number, args in enumerate(jobs)
+            Job("evaluate", args, ("evaluate", learned, number), size=len(args[3]) * book.masks)
+            for number, args in enumerate(jobs)
         )
 
     def _plan_tests(self) -> None:
@@ -183,6 +184,7 @@ class StreamJobs:
                 "given",
                 (masks_KB[part], owners_K[part].tolist()),
                 ("given", range(part.start, part.stop)),
+                size=part.stop - part.start,
             )
             for part in parts
         )

@@ -13,6 +13,7 @@ from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import UserError
 from supsup.identity import fingerprint
+from supsup.ledger import segments_in
 from supsup.manifest import Manifest, make_manifest
 
 
@@ -61,6 +62,8 @@ class Found:
     name: str
     blocks: list[range]
     """Tasks of its blocks, unread."""
+    segments: int
+    """Segments that an open-set run has learned."""
 
 
 class Banks:
@@ -86,7 +89,8 @@ class Banks:
         if mark not in self._names or not self.folder(mark).has_bank:
             return None
         bank = Bank.open(self.folder(mark).path)
-        return Found(bank.path.name, [tasks for tasks, _ in bank.blocks()])
+        tasks = [tasks for tasks, _ in bank.blocks()]
+        return Found(bank.path.name, tasks, segments_in(bank.path / "stream"))
 
 
 def open_bank(folder: RunFolder, manifest: Manifest, launch: Launch) -> Bank:

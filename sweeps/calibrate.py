@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from orchestrator.worker import THREADS
+from supsup.apprentice import LocalTrainer, initial_state
 from supsup.config import RunConfig
 from supsup.identity import training_fields
+from supsup.material import layers_of
+from supsup.streams import Stream
 from supsup.train import BlockTrainer
 from sweeps.banks import Site
 from sweeps.plan import cost_key
@@ -40,6 +43,8 @@ def _seconds_per_batch(config: RunConfig, site: Site) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
+        if config.scenario == "nns":
+            return _seconds_of_one_mask(config, site)
         engine = BlockTrainer(config, site.data(config)).engine
         tasks = min(engine.tasks_at_once, config.block_size, config.tasks)
         group, batches = engine.begin(range(tasks)), config.train.batches
@@ -54,3 +59,18 @@ def _seconds_per_batch(config: RunConfig, site: Site) -> float:
         return (time.perf_counter() - started) / steps / tasks
     finally:
         torch.set_num_threads(threads)
+
+
+def _seconds_of_one_mask(config: RunConfig, site: Site) -> float:
+    """Train a mask on the beginning of its stream for a moment: masks of a stream go one by one."""
+    data = site.data(config)
+    trainer, stream = LocalTrainer(config, data), Stream(config, data)
+    segment = stream.segment(0)
+    batches = len(segment.labels_N) // segment.batch_size
+    start = initial_state(config, layers_of(config, data), 0)
+    trainer.train(0, stream.segment(0, _WARM_STEPS), start)
+    rounds, started = 0, time.perf_counter()
+    while time.perf_counter() - started < _TIMED_SECONDS:
+        trainer.train(0, segment, start)
+        rounds += 1
+    return (time.perf_counter() - started) / rounds / min(batches, config.train.batches)

@@ -13,14 +13,15 @@ from supsup.errors import UserError
 from supsup.identity import training_fields
 from supsup.masking import mask_bytes
 from supsup.material import layers_of
-from sweeps.banks import Banks, Site, tasks_missing
+from supsup.streams import Stream
+from sweeps.banks import Banks, Found, Site, tasks_missing
 from sweeps.compare import arm_labels
 from sweeps.spec import SweepSpec, Values
 from sweeps.study import Record
 
 #: What changes the time that a task takes, besides the number of batches.
-_COST = ("learner", "dataset", "image_size", "model.name", "model.output_size", "mask.algorithm",
-         "train.batch_size", "train.optimizer", "train.precision", "train.device",
+_COST = ("scenario", "learner", "dataset", "image_size", "model.name", "model.output_size",
+         "mask.algorithm", "train.batch_size", "train.optimizer", "train.precision", "train.device",
          "train.engine")  # fmt: skip
 #: Files of records that are looked through for rates, the newest first.
 _RATE_FILES = 200
@@ -36,6 +37,8 @@ class Cell:
     """Resolved."""
     fingerprint: str
     mask_bytes: int
+    stream: Stream | None = None
+    """What an open-set trial learns."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -101,12 +104,14 @@ def grid_cells(spec: SweepSpec, site: Site) -> list[Cell]:
 
 def _cell(spec: SweepSpec, site: Site, values: Values, seed: int) -> Cell:
     config = site.resolved(spec.config(values, seed))
+    data = site.data(config)
     return Cell(
         values=values,
         seed=seed,
         config=config,
         fingerprint=site.fingerprint(config),
-        mask_bytes=mask_bytes(layers_of(config, site.data(config))),
+        mask_bytes=mask_bytes(layers_of(config, data)),
+        stream=Stream(config, data) if config.scenario == "nns" else None,
     )
 
 
@@ -183,8 +188,15 @@ def bank_states(banks: Banks, cells: Sequence[Cell]) -> dict[str, tuple[str, Seq
         if cell.fingerprint not in states:
             found = banks.found(cell.fingerprint)
             name = banks.folder(cell.fingerprint).name
-            states[cell.fingerprint] = (name, found.blocks if found else ())
+            states[cell.fingerprint] = (name, _learned(cell, found) if found else ())
     return states
+
+
+def _learned(cell: Cell, found: Found) -> Sequence[range]:
+    """Return the tasks that are learned: of a stream, those that went by."""
+    if cell.stream is None:
+        return found.blocks
+    return [range(len(cell.stream.finished_by(found.segments - 1)))] if found.segments else []
 
 
 # --- rates -----------------------------------------------------------------------------------

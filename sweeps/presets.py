@@ -88,6 +88,16 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
             "model.output_size": [100, 500],
         },
     },
+    "open-set": {
+        "base": {"scenario": "nns", "tasks": 50, "model.output_size": 500, "eval.images": 50},
+        "seeds": [0, 1],
+        "grid": {
+            "openset.stream": ["paper", "random-length", "recurring", "fuzzy", "drift"],
+            "openset.threshold": ["fixed", "calibrated"],
+            "openset.epsilon": [0.0625, 0.125, 0.25],
+            "openset.look": ["first", "both"],
+        },
+    },
 }  # fmt: skip
 NAMES = tuple(_PRESETS)
 
@@ -105,6 +115,20 @@ _QUICK_VALUES: Mapping[str, list[Any]] = {
     "train.learning_rate": [5e-4, 2e-3],
     "eval.batch": [1, 4, 16],
     "eval.shortlist": [1, 4, 16],
+    "openset.stream": ["paper", "random-length"],
+    "openset.epsilon": [0.125, 0.25],
+}
+#: What else ``--quick`` changes of a preset. Where no task is named, 64 pixels are too few.
+_QUICK_OF: Mapping[str, Mapping[str, Any]] = {
+    "open-set": {
+        "recipe": "open-digits",
+        "base": {
+            "train.batches": 60,
+            "train.learning_rate": 1e-3,
+            "openset.decide_every": 20,
+        },
+        "seeds": [0],
+    },
 }
 
 
@@ -122,11 +146,12 @@ def preset(name: str, quick: bool = False) -> SweepSpec:
     if quick:
         grid = {path: _QUICK_VALUES.get(path, values) for path, values in tree["grid"].items()}
         settings = {path: value for path, value in _QUICK.items() if path not in grid}
+        own = _QUICK_OF.get(name, {})
         tree |= {
             "name": f"{name}-quick",
-            "recipe": "permuted-digits",
-            "base": {**tree["base"], **settings},
-            "seeds": tree["seeds"][:2],
+            "recipe": own.get("recipe", "permuted-digits"),
+            "base": {**tree["base"], **settings, **own.get("base", {})},
+            "seeds": own.get("seeds", tree["seeds"][:2]),
             "grid": grid,
         }
     return spec_of(tree)

@@ -22,8 +22,18 @@ _MEASURES = {
     "accuracy": ("accuracy, %", 100, 2),
     "task_accuracy": ("task found, %", 100, 2),
     "gg_accuracy": ("GG, %", 100, 2),
+    "masks": ("masks", 1, 1),
+    "missed": ("missed", 1, 1),
+    "false_new": ("extra", 1, 1),
+    "wrong": ("wrong", 1, 1),
+    "mixed": ("mixed", 1, 1),
     "bytes": ("bank, MB", 1e-6, 2),
 }
+#: What the headings of an open set mean.
+_LEGEND = (
+    "Open set: masks allocated; tasks missed: without a mask; extra: masks for known tasks; wrong: "
+    "decisions for another task's mask; mixed: segments left out since their ends differed."
+)
 #: Arms of a search in its table, and lines in a picture, the best ones.
 _MOST_ROWS, _MOST_LINES = 20, 12
 
@@ -71,8 +81,12 @@ def table(spec: SweepSpec, records: Sequence[Record]) -> Table:
         shown.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in _rows(found[:_MOST_ROWS] if spec.search else found):
         shown.add_row(*row)
+    captions = []
     if spec.search and len(found) > _MOST_ROWS:
-        shown.caption = f"the best {_MOST_ROWS} of {len(found)}"
+        captions.append(f"the best {_MOST_ROWS} of {len(found)}")
+    if "masks" in _shown_measures(found):
+        captions.append(_LEGEND)
+    shown.caption, shown.caption_justify = ". ".join(captions) or None, "left"
     return shown
 
 
@@ -114,6 +128,8 @@ def _markdown(spec: SweepSpec, found: Sequence[Arm], records: Sequence[Record]) 
         "Means over seeds ± 95 % interval (t distribution), after all tasks.",
         _as_markdown(_headings(found), _rows(found)),
     ]
+    if "masks" in _shown_measures(found):
+        parts.append(_LEGEND)
     if spec.search is None and (rows := _difference_rows(found)):
         parts += ["## Accuracy against the best arm, paired by seed, in points", rows]
     ended = [r for r in records if r.state in ("failed", "pruned")]

@@ -271,9 +271,10 @@ def _check_grid(spec: SweepSpec) -> None:
 
 
 def _check_config(config: RunConfig) -> None:
-    if config.scenario == "nns":
+    if config.scenario == "nns" and config.openset.chunks > 1:
         raise ConfigError(
-            "scenario is nns, which sweeps don't cover; choose gg, gns or gnu, or supsup run"
+            f"openset.chunks is {config.openset.chunks}, must be 1 in a sweep, whose trials keep "
+            "all workers busy; give supsup run a stream in chunks"
         )
 
 
@@ -285,7 +286,12 @@ def _check_search(spec: SweepSpec, search: SearchSpec) -> None:
         )
     for path, dimension in search.space.items():
         for value in dimension.choices or (dimension.low, dimension.high):
-            _check_config(spec.config({path: value}, spec.seeds[0]))
+            config = spec.config({path: value}, spec.seeds[0])
+            _check_config(config)
+            if config.scenario == "nns" and "gg_accuracy" in search.objectives:
+                raise ConfigError(
+                    "objectives has gg_accuracy, which scenario nns doesn't measure; remove it"
+                )
         if dimension.choices is None and not _is_number(spec, path):
             raise ConfigError(f"search.space.{path} is no number; give it choices, not a range")
 

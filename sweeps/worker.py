@@ -13,7 +13,9 @@ from supsup.datasets import Dataset
 
 def setup_for(config: RunConfig, weights_sha256: str) -> WorkerSetup:
     """Return what a worker must know of a run: equal for all runs of one bank."""
-    shaping = dataclasses.replace(config, tasks=1, scenario="gg", block_size=1, eval=EvalConfig())
+    shaping = dataclasses.replace(config, block_size=1, eval=EvalConfig())
+    if config.scenario != "nns":  # where the number of tasks is part of the stream
+        shaping = dataclasses.replace(shaping, tasks=1, scenario="gg")
     return WorkerSetup(config=shaping, weights_sha256=weights_sha256)
 
 

@@ -72,8 +72,17 @@ BAD = [
     ({**GRID, "grid": {"train.batchs": [5]}}, "did you mean train.batches?"),
     ({**GRID, "grid": {"train.learning_rate": [float("nan")]}}, "must be a finite number"),
     ({**GRID, "grid": {"seed": [1]}}, "list the seeds of all arms under seeds"),
-    ({**GRID, "grid": {"scenario": ["gnu", "nns"]}}, "scenario is nns, which sweeps don't cover"),
-    ({**GRID, "recipe": "open-digits"}, "scenario is nns, which sweeps don't cover"),
+    (
+        {**GRID, "recipe": "open-digits", "grid": {"openset.chunks": [1, 2]}},
+        "openset.chunks is 2, must be 1 in a sweep",
+    ),
+    (
+        {"name": "s", "recipe": "open-digits", "search": {
+            "trials": 2, "space": {"openset.epsilon": {"low": 0.1, "high": 0.2}},
+            "objectives": ["gg_accuracy"],
+        }},
+        "objectives has gg_accuracy, which scenario nns doesn't measure",
+    ),
     ({**GRID, "base": {"train.batches": 3}}, "both in base and varied"),
     ({**GRID, "base": {"train": {"rate": 3}}}, "unknown field train.rate in base"),
     ({**GRID, "base": {"tasks": "many"}}, "tasks is many, must be a whole number"),
