@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 from orchestrator.stretch import History, Recall, StretchLearner
 from supsup.apprentice import LocalTrainer, MaskState
+from supsup.baselines.asking import Answer, Learner, make_learner
+from supsup.baselines.learner import Learned
+from supsup.baselines.network import Arrays
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import SlowPath
@@ -24,6 +28,7 @@ from supsup.models import fixed_weights, weights_sha256
 from supsup.openset import Existing, OpenSetLearner, Step
 from supsup.streams import Segment, Stream
 from supsup.train import BlockTrainer, TrainedBlock
+from supsup.transfer import Legacy
 
 #: What the training of masks goes on from, by mask; None: it can't go on.
 States = dict[int, MaskState | None]
@@ -45,6 +50,8 @@ class Trained:
 
     block: TrainedBlock
     slow: tuple[str, ...]
+    legacy: Legacy | None = None
+    """What the block leaves to the next, where tasks start from those before."""
 
 
 class TaskWorker:
@@ -61,11 +68,19 @@ class TaskWorker:
         Raises:
             RuntimeError: if this machine generates other weights than the bank's.
         """
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", SlowPath)
+        with _slow_paths() as slow:
             block = self._trainer.train(tasks)
-        slow = tuple(str(w.message) for w in caught if issubclass(w.category, SlowPath))
-        return Trained(block=block, slow=slow)
+        return Trained(block=block, slow=tuple(slow))
+
+    def train_after(self, tasks: range, legacy: Legacy | None) -> Trained:
+        """Train a block of tasks that start from those before, given what they left.
+
+        Raises:
+            RuntimeError: if this machine generates other weights than the bank's.
+        """
+        with _slow_paths() as slow:
+            block, left = self._trainer.train_after(tasks, legacy)
+        return Trained(block=block, slow=tuple(slow), legacy=left)
 
     def evaluate(
         self,
@@ -74,13 +89,38 @@ class TaskWorker:
         learned: int,
         tasks: Sequence[int],
         owners_T: npt.NDArray[np.int64] | None = None,
+        statistics_TS: npt.NDArray[np.float32] | None = None,
     ) -> Evaluation:
         """Evaluate some tasks among the first ``learned`` masks, or an open-set learner's."""
-        return self._evaluator.evaluate(evaluation, masks_TB, learned, tasks, owners_T)
+        return self._evaluator.evaluate(
+            evaluation, masks_TB, learned, tasks, owners_T, statistics_TS
+        )
 
     def given(self, masks_KB: npt.NDArray[np.uint8], tasks: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return how many test images each mask has right, given the task that it is asked."""
         return self._evaluator.given(masks_KB, tasks)
+
+    # --- learners other than SupSup ------------------------------------------------------------
+
+    def learn(self, task: int, trunk: Arrays | None, look_back: bool) -> Learned:
+        """Learn a task: see ``Learner``."""
+        return self._learner.learn(task, trunk, look_back)
+
+    def ask(
+        self,
+        evaluation: EvalConfig,
+        trunk: Arrays | None,
+        own: Sequence[Arrays],
+        learned: int,
+        tasks: Sequence[int],
+    ) -> Answer:
+        """Evaluate some tasks among the first ``learned``: see ``Learner``."""
+        return self._learner.evaluate(evaluation, trunk, own[:learned], tasks)
+
+    @cached_property
+    def _learner(self) -> Learner:
+        self._check_weights()
+        return make_learner(self._setup.config, self._data)
 
     # --- open set ------------------------------------------------------------------------------
 
@@ -192,6 +232,16 @@ class TaskWorker:
 def _fetched(value: Any) -> Any:
     """Return what a reference stands for; what is no reference stands for itself."""
     return ray.get(value) if isinstance(value, ray.ObjectRef) else value
+
+
+@contextmanager
+def _slow_paths() -> Iterator[list[str]]:
+    """Gather what made the work slow; the list is full when the context ends."""
+    slow: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlowPath)
+        yield slow
+    slow += [str(w.message) for w in caught if issubclass(w.category, SlowPath)]
 
 
 RemoteTaskWorker = ray.remote(TaskWorker)

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.jobs import Failure
+from orchestrator.worker import TaskWorker, WorkerSetup
+from supsup.bank import Bank
 from supsup.fields import with_values
 from supsup.inference import entropy
+from supsup.manifest import make_manifest
 from supsup.masking import initial_scores, unpack
 from supsup.train import BlockTrainer, join_blocks
 from supsup.transfer import Legacy, LegacyStore, inherited, most_similar
+from tests.test_coordinator import Notes, make_jobs, work
 
 TRANSFERS = ("running-mean", "previous", "most-similar")
 
@@ -192,3 +197,75 @@ def test_a_damaged_legacy_is_none(store, harm, quick):
 def test_legacies_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         legacy_of(1, "previous").learned = 2
+
+
+# --- the chain of a run, without Ray -----------------------------------------------------------
+
+
+@pytest.fixture
+def chain_run(tmp_path, quick, digits):
+    """A run of seven tasks, and what makes its jobs anew, as a resumed run does."""
+    config = configured(quick, "running-mean", tasks=7, scenario="gg", block_size=2)
+    bank = Bank.create(tmp_path / "bank", make_manifest(config, digits))
+    worker = TaskWorker(
+        WorkerSetup(config=config, weights_sha256=bank.manifest.weights_sha256), digits
+    )
+    notes = Notes()
+
+    def jobs_of(workers=1):
+        return make_jobs(config, bank, notes, at=(7,), workers=workers)
+
+    return config, bank, worker, notes, jobs_of
+
+
+def test_a_run_trains_its_chain_in_order_however_often_it_is_killed(chain_run, digits):
+    config, bank, worker, notes, jobs_of = chain_run
+    whole, _ = chain(BlockTrainer(config, digits), [range(7)])
+    assert [job.tag[1] for job in work(jobs_of(), worker, most=2)] == [range(2), range(2, 4)]
+    # Killed in the middle of the third block, and again before its legacy's block was committed.
+    jobs = jobs_of()
+    job = jobs.next_job()
+    assert job.args[1].learned == 4
+    result = worker.train_after(*job.args)
+    jobs._chain.keep(job.tag[1], result.legacy)
+    seen = work(jobs_of(), worker)
+    assert [job.tag[1] for job in seen] == [range(4, 6), range(6, 7)]
+    np.testing.assert_array_equal(bank.read(range(7)).masks, whole.masks)
+    assert any("they are trained one after another" in line for line in notes.lines)
+    assert len(list((bank.path / "transfer").iterdir())) == 1
+
+
+def test_no_two_blocks_of_a_chain_are_in_training_at_once(chain_run):
+    _, bank, worker, _, jobs_of = chain_run
+    jobs = jobs_of(workers=2)
+    assert jobs.left() == 1
+    first = jobs.next_job()
+    assert jobs.next_job() is None
+    assert jobs.left() == 0
+    jobs.done(first, worker.train_after(*first.args))
+    assert jobs.next_job().tag[1] == range(2, 4)
+    assert bank.read(range(2)).masks.any()
+
+
+def test_a_lost_legacy_is_made_again_to_the_same_masks(chain_run):
+    _, bank, worker, notes, jobs_of = chain_run
+    work(jobs_of(), worker)
+    before = bank.sha256(7)
+    # All there: nothing to do, whatever became of the legacies.
+    for path in (bank.path / "transfer").iterdir():
+        path.unlink()
+    assert jobs_of().widest == 0
+    path = next(path for tasks, path in bank.blocks() if tasks == range(4, 6))
+    path.unlink()
+    seen = work(jobs_of(), worker)
+    assert [job.tag[1] for job in seen] == [range(2), range(2, 4), range(4, 6)]
+    assert bank.sha256(7) == before
+    assert notes.counts["tasks trained"] == (7, 7)
+
+
+def test_behind_a_block_that_failed_the_chain_ends(chain_run):
+    _, _, _, notes, jobs_of = chain_run
+    jobs = jobs_of()
+    jobs.failed(jobs.next_job(), Failure("raised", "NonFiniteLoss"))
+    assert jobs.next_job() is None
+    assert notes.lines[-1] == "3 blocks behind it start from it: left out"
