@@ -6,8 +6,10 @@ Shapes: N images, P pixels (channels, rows and columns flattened).
 import hashlib
 import math
 import os
+import pickle
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from torch.nn import functional
 from supsup.errors import DataError, one_line
 from supsup.seeding import generator
 
+#: Images that are looked at together.
+_CHUNK = 1000
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
@@ -89,8 +93,7 @@ def _dataset(
                 f"must lie in 0..{classes - 1}; fetch the files again"
             )
     if statistics is None:
-        pixels = train[0].astype(np.float64) / scale
-        statistics = float(pixels.mean()), float(pixels.std()) or 1.0
+        statistics = _statistics(train[0], scale)
     digest = hashlib.sha256()
     for array in (*train, *test):
         digest.update(f"{array.shape}{array.dtype}".encode())
@@ -108,6 +111,16 @@ def _dataset(
         sha256=digest.hexdigest(),
         shape=shape,
     )
+
+
+def _statistics(images_NP: Images, scale: float) -> tuple[float, float]:
+    """Return mean and standard deviation of the pixels, over all channels alike."""
+    counts = np.zeros(256)
+    for start in range(0, len(images_NP), _CHUNK):
+        counts += np.bincount(images_NP[start : start + _CHUNK].ravel(), minlength=256)
+    values, shares = np.arange(256) / scale, counts / counts.sum()
+    mean = float(values @ counts / counts.sum())
+    return mean, float(np.sqrt((values - mean) ** 2 @ shares)) or 1.0
 
 
 #: How many times the 8x8 digits are enlarged.
@@ -196,7 +209,7 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
             images = part.data.transpose(0, 3, 1, 2).reshape(len(part.data), -1)
             labels = np.array(part.targets, dtype=np.int64)
             parts.append((np.ascontiguousarray(images), labels))
-    except _BAD_FILE as error:
+    except (*_BAD_FILE, KeyError, pickle.UnpicklingError) as error:
         raise DataError(
             f"{name} can't be loaded from {data_dir} ({one_line(error)}); put the folder {folder} "
             f"of its python version into {data_dir}"
@@ -205,29 +218,61 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
 
 
 def _image_folder(folder: Path, image_size: int) -> Dataset:
+    """Load folders of images, resized, all of them into memory.
+
+    Test images are in an order drawn once and for all: neighbours must not be of one class.
+    """
+    name = f"images:{folder}"
+    train, train_classes = _read_folder(name, folder / "train", image_size)
+    test_folder = next(
+        (folder / part for part in _TESTS if (folder / part).is_dir()), folder / "test"
+    )
+    test, test_classes = _read_folder(name, test_folder, image_size)
+    if train_classes != test_classes:
+        odd = min(set(train_classes) ^ set(test_classes))
+        raise DataError(f"{name}: class {odd} is only in one of train/ and {test_folder.name}/")
+    order = generator(0, "images order").permutation(len(test[1]))
+    shape = (3, image_size, image_size)
+    return _dataset("images", train, (test[0][order], test[1][order]), len(train_classes), shape)
+
+
+#: Folders that the test images may be in.
+_TESTS = ("test", "val")
+
+
+def _read_folder(
+    name: str, folder: Path, image_size: int
+) -> tuple[tuple[Images, Labels], list[str]]:
+    """Return the images and labels of a folder, and the names of its classes."""
     import torchvision
+    from PIL import Image
 
-    def resized(path: str) -> Images:
-        from PIL import Image
-
-        with Image.open(path) as image:
+    def resized(sample: tuple[str, int]) -> Images:
+        with Image.open(sample[0]) as image:
             picture = image.convert("RGB").resize((image_size, image_size))
         return np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1).reshape(-1)
 
-    parts, classes = [], []
-    for part in ("train", "test"):
-        try:
-            found = torchvision.datasets.ImageFolder(str(folder / part), loader=resized)
-            images = np.stack([found.loader(path) for path, _ in found.samples])
-        except _BAD_FILE as error:
-            raise DataError(
-                f"images:{folder} can't be read ({one_line(error)}); it must hold train/ and "
-                "test/ with a folder of images per class"
-            ) from None
-        parts.append((images, np.array(found.targets, dtype=np.int64)))
-        classes.append(found.classes)
-    if classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise DataError(f"images:{folder}: class {odd[0]} is only in one of train/ and test/")
-    shape = (3, image_size, image_size)
-    return _dataset("images", parts[0], parts[1], len(classes[0]), shape)
+    try:
+        found = torchvision.datasets.ImageFolder(str(folder))
+        _check_memory(name, len(found.samples), image_size)
+        images_NP = np.empty((len(found.samples), 3 * image_size**2), dtype=np.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for row, image_P in zip(images_NP, threads.map(resized, found.samples), strict=True):
+                row[:] = image_P
+    except (*_BAD_FILE, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name} can't be read ({one_line(error)}); it must hold train/ and test/ (or val/) "
+            "with a folder of images per class"
+        ) from None
+    return (images_NP, np.array(found.targets, dtype=np.int64)), list(found.classes)
+
+
+def _check_memory(name: str, images: int, image_size: int) -> None:
+    needed = images * 3 * image_size**2
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise DataError(
+            f"{name} has {images:,} images, which take {needed / 1e9:,.1f} GB of memory at "
+            f"{image_size} x {image_size} pixels, more than the {there / 1e9:,.1f} GB of this "
+            "machine; lower image_size"
+        )
