@@ -62,6 +62,8 @@ class Results:
     """What the tasks take; None leaves it out."""
     given: AccuracyMatrix | None = None
     """Accuracies with the task given of a learner that may forget; None: those of a task stay."""
+    forward_transfer: float | None = None
+    """After all tasks: see orchestrator.reference; None if it is not known."""
 
     def until(self, learned: int) -> "Results":
         """Return what there was to show after so many tasks."""
@@ -76,6 +78,7 @@ class Results:
             gg_correct=self.gg_correct[:learned],
             sizes=self.sizes[:learned],
             given=given,
+            forward_transfer=None if learned < len(self.gg_correct) else self.forward_transfer,
         )
 
     def matrix(self) -> AccuracyMatrix:
@@ -157,6 +160,8 @@ def field_metrics(results: Results) -> dict[str, float]:
         "forgetting": measures.forgetting(matrix),
         "backward_transfer": measures.backward_transfer(matrix),
     }
+    if results.forward_transfer is not None:
+        values["forward_transfer"] = results.forward_transfer
     if results.storage is not None:
         values["bytes_per_task"] = float(results.storage.per_task)
     return {name: value for name, value in values.items() if not math.isnan(value)}
@@ -218,6 +223,11 @@ def notes(results: Results) -> list[str]:
         found.append(
             f"{_SCENARIO_NAMES[results.scenario]}, % points: forgetting {fell:.2f}, "
             f"backward transfer {gained:.2f}"
+        )
+    if results.forward_transfer:
+        found.append(
+            f"GG, % points: forward transfer {100 * results.forward_transfer:.2f} against the "
+            "tasks trained alone"
         )
     if storage := results.storage:
         tasks = results.checkpoints[-1].learned
