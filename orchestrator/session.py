@@ -17,6 +17,7 @@ from rich.table import Table
 
 from orchestrator import report, stream_report
 from orchestrator.actors import put
+from orchestrator.baseline import BaselineJobs
 from orchestrator.blocks import learned_prefix
 from orchestrator.chunks import ChunkedRun
 from orchestrator.cluster import Cluster, Machine, check_device, connect, put_data
@@ -24,21 +25,25 @@ from orchestrator.coordinator import RunJobs
 from orchestrator.crew import Crew
 from orchestrator.jobs import WorkersLost
 from orchestrator.progress import Reporter
+from orchestrator.reference import forward_transfer
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
 from orchestrator.stream import StreamRun
 from orchestrator.tracking import Store, Tracker, store_for
 from orchestrator.worker import WorkerSetup
 from supsup.bank import Bank, Stock, locked
+from supsup.baselines.asking import check_learner, rule_of
+from supsup.baselines.shelf import Shelf
 from supsup.config import RunConfig, checkpoints
 from supsup.datasets import Dataset, default_data_dir, load_dataset
 from supsup.errors import ConfigError, UserError
 from supsup.fields import as_text, config_fields, get_field, with_values
-from supsup.identity import is_auto, resolve, training_fields
+from supsup.identity import is_auto, needs_general, resolve, training_fields
 from supsup.inference import check_methods
 from supsup.manifest import Manifest, make_manifest
 from supsup.material import layers_of
 from supsup.sparse import mostly_background
 from supsup.streams import Stream
+from supsup.tasks import task_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +150,7 @@ def evaluate(
         dataclasses.replace(bank.manifest.config, eval=launch.config.eval),
         {"scenario": launch.config.scenario, "eval.at": (), **settings},
     )
-    learned = learned_prefix(tasks for tasks, _ in bank.blocks())
+    learned = learned_prefix(learned_on_disk(bank))
     if bank.manifest.config.scenario == "nns":
         at = _stream_checkpoint(name, config, learned)
     else:
@@ -164,9 +169,8 @@ def evaluate(
         locked(folder.path),
         connect(where.address, where.workers, config.train.device) as cluster,
     ):
-        labels = [report.label(method, config.eval) for method in config.eval.methods]
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
-        report_dir = folder.path / "report" / "+".join(labels)
+        report_dir = folder.path / "report" / report.folder_name(config.eval)
         with _naming_the_remedy("the same command"):
             return task.work(stock, store, launch, report_dir, started)
 
@@ -235,22 +239,15 @@ class _Task:
         with _tracking(self._folder, store, launch, self._reporter) as tracking:
             if self._train:
                 tracking.tracker.begin(*self._description())
-            jobs = RunJobs(
-                config=self._config,
-                checkpoints=self._at,
-                bank=self._bank,
-                stock=stock,
-                folder=self._folder,
-                tracker=tracking.tracker,
-                reporter=self._reporter,
-                put=put,
-                workers=self._cluster.workers,
-                train=self._train,
-            )
+            jobs = self._jobs(stock, tracking.tracker)
             if jobs.widest:
                 self._run_pool(jobs)
-            results = jobs.results(self._folder.name, self._config.dataset)
+            results = jobs.results(self._folder.name, report.subject(self._config))
+            if results:
+                results = self._with_reference(results, tracking.tracker)
             files = report.write(results, report_dir) if results else []
+            if isinstance(jobs, BaselineJobs) and results:
+                files += jobs.extra_files(report_dir)
             for path in files:
                 tracking.tracker.artifact(path)
             tracking.status = "FAILED" if jobs.failures else "FINISHED"
@@ -263,11 +260,46 @@ class _Task:
             summary=f"{now}{jobs.learned} learned",
             seconds=time.time() - started,
             first_result_seconds=first - started if first else None,
-            bank_bytes=self._bank.size(),
+            bank_bytes=self._bank.size() + shelf_of(self._bank).size(),
             files=files,
             store=store,
             delivered=tracking.delivered,
         )
+
+    def _jobs(self, stock: Stock, tracker: Tracker) -> RunJobs | BaselineJobs:
+        if self._config.learner == "supsup":
+            return RunJobs(
+                config=self._config,
+                checkpoints=self._at,
+                bank=self._bank,
+                stock=stock,
+                folder=self._folder,
+                tracker=tracker,
+                reporter=self._reporter,
+                put=put,
+                workers=self._cluster.workers,
+                train=self._train,
+            )
+        return BaselineJobs(
+            config=self._config,
+            checkpoints=self._at,
+            sizes=self._bank.manifest.sizes(self._config.tasks),
+            shelf=shelf_of(self._bank),
+            folder=self._folder,
+            tracker=tracker,
+            reporter=self._reporter,
+            put=put,
+            workers=self._cluster.workers,
+            train=self._train,
+        )
+
+    def _with_reference(self, results: report.Results, tracker: Tracker) -> report.Results:
+        """Add what the run is measured against, and record it."""
+        rates_T = results.gg_correct / results.sizes
+        found = forward_transfer(self._config, rates_T, self._bank)
+        if found is not None:
+            tracker.metrics({"forward_transfer": found}, len(rates_T))
+        return dataclasses.replace(results, forward_transfer=found)
 
     def _work_stream(
         self, store: Store, launch: Launch, report_dir: Path, started: float
@@ -318,7 +350,7 @@ class _Task:
             reporter=self._reporter,
         )
 
-    def _run_pool(self, jobs: RunJobs) -> None:
+    def _run_pool(self, jobs: RunJobs | BaselineJobs) -> None:
         with self._workers() as start_worker:
             pool = self._cluster.pool(start_worker, jobs.widest)
             try:
@@ -415,10 +447,18 @@ def check(config: RunConfig, data: Dataset) -> None:
         ConfigError: naming what doesn't.
     """
     layers_of(config, data)
+    if config.learner != "supsup":
+        check_learner(config)
     if config.scenario == "nns":
+        if special := needs_general(config):
+            raise ConfigError(
+                f"scenario is nns, which is not made for {special}: its streams are permuted tasks "
+                "of an MLP by threshold and rmsprop; choose gg, gns or gnu"
+            )
         Stream(config, data)
     if config.scenario != "gg":
-        check_methods(config.eval.methods, config.model.output_size, data.classes)
+        classes = task_family(config, data).classes
+        check_methods(config.eval.methods, config.model.output_size, classes)
 
 
 def resolve_on(machine: Machine, config: RunConfig, data: Dataset) -> RunConfig:
@@ -485,6 +525,19 @@ def open_bank(folder: RunFolder, manifest: Manifest) -> Bank:
     return bank
 
 
+def shelf_of(bank: Bank) -> Shelf:
+    """Return what a learner other than SupSup learned, beside the manifest of its run."""
+    learner = bank.manifest.config.learner
+    forgets = learner != "supsup" and rule_of(learner).forgets
+    return Shelf(bank.path, bank.manifest.fingerprint, forgets=forgets)
+
+
+def learned_on_disk(bank: Bank) -> list[range]:
+    """Return the tasks that a run learned, unread."""
+    blocks = [tasks for tasks, _ in bank.blocks()]
+    return blocks + [range(task, task + 1) for task in shelf_of(bank).tasks()]
+
+
 def git_commit() -> str:
     """Return the commit of this platform's code; empty if it isn't known."""
     here = Path(__file__).resolve().parent
@@ -500,17 +553,27 @@ def _note(config: RunConfig) -> str:
     """Return the text that MLflow shows above a run, for a reader who was told nothing."""
     if config.scenario == "nns":
         return _stream_note(config)
+    if config.learner != "supsup":
+        return (
+            f"**{config.learner}** on {config.family} {config.dataset}: {config.tasks} tasks, to "
+            "compare SupSup with. The step of every metric is the number of tasks learned. "
+            "`gg/accuracy`: the task is given. `forgetting` and `backward_transfer` say what "
+            "became of the tasks before. Artifacts: `accuracy.png`, `accuracy.csv`, "
+            "`per_task.csv`, `accuracy_matrix.csv` (tasks learned x task)."
+        )
     scenario = {
         "gg": "task given at inference",
         "gns": "task inferred, labels shared between tasks",
         "gnu": "task inferred, labels not shared: a wrong task is a wrong answer",
     }[config.scenario]
     return (
-        f"**SupSup** on permuted {config.dataset}: {config.tasks} tasks, one binary mask each "
-        f"over fixed random weights. Scenario {config.scenario} ({scenario}).\n\n"
+        f"**SupSup** on {config.family} {config.dataset}: {config.tasks} tasks, one binary mask "
+        f"each over fixed random weights. Scenario {config.scenario} ({scenario}).\n\n"
         "The step of every metric is the number of tasks learned. `gg/accuracy` is the upper "
         "bound: the right mask is given. `*/task_accuracy/*` is how often task inference finds "
-        "the right mask. Artifacts: `accuracy.png` (the curve), `accuracy.csv`, `per_task.csv`."
+        "the right mask. `average_accuracy`, `forgetting` and `backward_transfer` are those of "
+        "the scenario. Artifacts: `accuracy.png` (the curve), `accuracy.csv`, `per_task.csv`, "
+        "`accuracy_matrix.csv` (tasks learned x task), `task_confusion.csv`."
     )
 
 

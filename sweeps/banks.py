@@ -89,7 +89,7 @@ class Banks:
         if mark not in self._names or not self.folder(mark).has_bank:
             return None
         bank = Bank.open(self.folder(mark).path)
-        tasks = [tasks for tasks, _ in bank.blocks()]
+        tasks = session.learned_on_disk(bank)
         return Found(bank.path.name, tasks, segments_in(bank.path / "stream"))
 
 

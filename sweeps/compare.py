@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sweeps.spec import VARIANT
 from sweeps.study import Record
 
 
@@ -100,7 +101,11 @@ def arm_labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
         for path, short in zip(varied, shorts, strict=True)
     }
     return [
-        ", ".join(f"{names[path]} {_shown(arm[path])}" for path in varied if path in arm)
+        ", ".join(
+            _shown(arm[path]) if path == VARIANT else f"{names[path]} {_shown(arm[path])}"
+            for path in varied
+            if path in arm
+        )
         for arm in values
     ]
 

@@ -110,7 +110,7 @@ def _cell(spec: SweepSpec, site: Site, values: Values, seed: int) -> Cell:
         seed=seed,
         config=config,
         fingerprint=site.fingerprint(config),
-        mask_bytes=mask_bytes(layers_of(config, data)),
+        mask_bytes=mask_bytes(layers_of(config, data)) if config.learner == "supsup" else 0,
         stream=Stream(config, data) if config.scenario == "nns" else None,
     )
 

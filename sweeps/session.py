@@ -22,13 +22,15 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.actors import put
+from orchestrator.baseline import BaselineJobs
 from orchestrator.cluster import Cluster, connect
 from orchestrator.coordinator import RunJobs
 from orchestrator.outbox import Outbox
-from orchestrator.runfolder import SWEEPS, Launch, check_name, check_runs_dir
-from orchestrator.session import git_commit
+from orchestrator.runfolder import SWEEPS, Launch, RunFolder, check_name, check_runs_dir
+from orchestrator.session import git_commit, shelf_of
+from orchestrator.stream_jobs import StreamJobs
 from orchestrator.tracking import store_for
-from supsup.bank import locked
+from supsup.bank import Bank, locked
 from supsup.config import RunConfig, checkpoints
 from supsup.errors import ConfigError, UserError
 from supsup.fields import as_text, config_fields, get_field
@@ -39,7 +41,7 @@ from sweeps import plan as planning
 from sweeps import report as reporting
 from sweeps.banks import Banks, Site, data_key, open_bank
 from sweeps.calibrate import with_calibration
-from sweeps.driver import Ears, Opened, Ready, SweepJobs, Tracks, start_worker
+from sweeps.driver import Ears, Opened, Ready, SweepJobs, Tracks, TrialJobs, start_worker
 from sweeps.plan import Cell, Plan, pruning
 from sweeps.presets import NAMES, preset
 from sweeps.progress import SweepProgress, progress
@@ -480,22 +482,38 @@ class _Sweep:
             tracking_uri=self._options.tracking_uri,
         )
         bank = open_bank(folder, manifest, launch)
-        search = self._spec.search
-        jobs = RunJobs(
-            config=ready.config,
-            checkpoints=checkpoints(ready.config),
-            bank=bank,
-            stock=bank.stock(),
-            folder=folder,
-            tracker=ears,
-            reporter=ears,
-            put=self._workers.put,
-            workers=self._cluster.workers,
-            ahead=search is None or not search.pruned,
-        )
+        jobs = self._jobs(ready, ears, bank, folder)
         setup = setup_for(ready.config, manifest.weights_sha256)
         data = self._workers.data(self._site, ready.config) if jobs.widest else None
         return Opened(jobs, setup, data)
+
+    def _jobs(self, ready: Ready, ears: Ears, bank: Bank, folder: RunFolder) -> TrialJobs:
+        """Return a trial's jobs; its bank is open and locked."""
+        parts: dict[str, Any] = {
+            "config": ready.config,
+            "checkpoints": checkpoints(ready.config),
+            "bank": bank,
+            "folder": folder,
+            "tracker": ears,
+            "reporter": ears,
+            "put": self._workers.put,
+            "workers": self._cluster.workers,
+        }
+        stock = bank.stock()
+        if ready.config.scenario == "nns":
+            if stock.damaged:
+                raise UserError(
+                    f"damaged: {stock.damaged[0]}; a mask of an open-set run can't be trained "
+                    f"again alone: remove {folder.path} to begin again"
+                )
+            return StreamJobs(data=self._site.data(ready.config), **parts)
+        search = self._spec.search
+        ahead = search is None or not search.pruned
+        if ready.config.learner == "supsup":
+            return RunJobs(stock=stock, ahead=ahead, **parts)
+        del parts["bank"]
+        sizes = bank.manifest.sizes(ready.config.tasks)
+        return BaselineJobs(sizes=sizes, shelf=shelf_of(bank), ahead=ahead, **parts)
 
     def _manifest(self, ready: Ready) -> Manifest:
         """Return a bank's manifest, with the task count of whoever began it."""

@@ -1,7 +1,8 @@
 """What a sweep is: a frozen specification, read from TOML, checked before anything starts.
 
 A sweep varies the fields of a recipe. A *grid* runs every combination of its values, an *arm*,
-with every seed. A *search* lets a sampler draw the values, from a space, by their results.
+with every seed. A *search* lets a sampler draw the values, from a space, by their results. A grid
+may have *variants*: settings that belong together, under a name, such as those of a learner.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from orchestrator.runfolder import check_name
+from supsup.baselines.settings import learner_values
 from supsup.config import RunConfig
 from supsup.errors import ConfigError, near, shown
 from supsup.fields import as_text, config_fields, explain, get_field, with_values
@@ -32,6 +34,8 @@ OBJECTIVES = {
     "bytes": "minimize",
 }
 Values = Mapping[str, Any]
+#: What tells variants apart among the values of an arm.
+VARIANT = "variant"
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _FIELDS = {info.path: info for info in config_fields()}
@@ -108,27 +112,40 @@ class SweepSpec:
         0,
     )
     grid: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     search: SearchSpec | None = None
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Any, ...]]:
+        """What the arms of a grid combine: the names of the variants, and values of fields."""
+        return ({VARIANT: tuple(self.variants)} if self.variants else {}) | self.grid
 
     @property
     def varied(self) -> tuple[str, ...]:
         """The fields that differ between arms."""
-        return tuple(self.search.space) if self.search else tuple(self.grid)
+        return tuple(self.search.space) if self.search else tuple(self.axes)
 
     def arms(self) -> Iterator[Values]:
         """Yield every arm of the grid; none of a search."""
         if self.search is None:
-            for combination in itertools.product(*self.grid.values()):
-                yield dict(zip(self.grid, combination, strict=True))
+            for combination in itertools.product(*self.axes.values()):
+                yield dict(zip(self.axes, combination, strict=True))
 
     def config(self, values: Values, seed: int) -> RunConfig:
         """Return the configuration of a trial.
 
+        Recipe, protocol, base, variant, values: the later counts. What names a learner brings that
+        learner's own settings with it.
+
         Raises:
             ConfigError: if a value breaks its field's rule.
         """
-        fixed = {**PROTOCOLS[self.protocol], **self.base}
-        return with_values(RECIPES[self.recipe](), {**fixed, **values, "seed": seed})
+        own = {path: value for path, value in values.items() if path != VARIANT}
+        variant = self.variants.get(values.get(VARIANT, ""), {})
+        merged: dict[str, Any] = {**PROTOCOLS[self.protocol]}
+        for layer in (self.base, variant, own):
+            merged |= {**learner_values(layer), **layer}
+        return with_values(RECIPES[self.recipe](), {**merged, "seed": seed})
 
 
 _SPEC = TypeAdapter(SweepSpec)
@@ -139,6 +156,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "base": (),
     "seeds": (),
     "grid": (),
+    "variants": (),
     "search": (),
     "search.trials": (),
     "search.hours": (),
@@ -180,6 +198,10 @@ def spec_of(tree: Mapping[str, Any]) -> SweepSpec:
     for group in ("base", "grid"):
         if isinstance(flat.get(group), Mapping):
             flat[group] = _flat(flat[group])
+    if isinstance(variants := flat.get("variants"), Mapping):
+        flat["variants"] = {
+            name: _flat(x) if isinstance(x, Mapping) else x for name, x in variants.items()
+        }
     search = flat.get("search")
     if isinstance(search, Mapping) and isinstance(search.get("space"), Mapping):
         flat["search"] = {**search, "space": _flat(search["space"], _DIMENSION)}
@@ -236,14 +258,24 @@ def _check(spec: SweepSpec) -> None:
             raise ConfigError(
                 f"{field} is {shown(value)}, must be one of {', '.join(known)}{near(value, known)}"
             )
-    if bool(spec.grid) == (spec.search is not None):
-        found = "both [grid] and [search]" if spec.grid else "neither [grid] nor [search]"
+    if bool(spec.axes) == (spec.search is not None):
+        one = "[variants]" if spec.variants else "[grid]"
+        found = f"both {one} and [search]" if spec.axes else "neither [grid] nor [search]"
         raise ConfigError(f"sweep {spec.name} has {found}; give one of them")
     if len(set(spec.seeds)) < len(spec.seeds):
         raise ConfigError(f"seeds is {shown(spec.seeds)}, which has one twice; remove it")
-    for group, fields in (("base", spec.base), ("the sweep", dict.fromkeys(spec.varied))):
+    varied = dict.fromkeys(path for path in spec.varied if path != VARIANT)
+    groups = {"base": spec.base, "the sweep": varied}
+    groups |= {f"variants.{name}": fields for name, fields in spec.variants.items()}
+    for group, fields in groups.items():
         for path in fields:
             _check_field(spec, group, path)
+    for name, fields in spec.variants.items():
+        check_name("variant", name)
+        if both := sorted(set(fields) & set(spec.grid)):
+            raise ConfigError(
+                f"{both[0]} is both in variants.{name} and varied; remove one of them"
+            )
     if spec.search:
         _check_search(spec, spec.search)
     else:
@@ -263,7 +295,7 @@ def _check_grid(spec: SweepSpec) -> None:
     for path, values in spec.grid.items():
         if not values:
             raise ConfigError(f"grid.{path} is empty, must hold at least one value")
-    trials = math.prod(len(values) for values in spec.grid.values()) * len(spec.seeds)
+    trials = math.prod(len(values) for values in spec.axes.values()) * len(spec.seeds)
     if trials > MAX_TRIALS:
         raise ConfigError(f"the grid has {trials} trials, must have at most {MAX_TRIALS}")
     for arm in spec.arms():

@@ -217,7 +217,7 @@ def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 def distributions(spec: SweepSpec) -> dict[str, BaseDistribution]:
     """Return what a trial's parameters may be."""
     if spec.search is None:
-        grid = {path: CategoricalDistribution(values) for path, values in spec.grid.items()}
+        grid = {path: CategoricalDistribution(values) for path, values in spec.axes.items()}
         return {**grid, _SEED: IntDistribution(0, MAX_SEED - 1)}
     found: dict[str, BaseDistribution] = {}
     for path, x in spec.search.space.items():

@@ -150,7 +150,8 @@ def test_bad_files_are_one_line(tmp_path, content, said):
 def test_presets_are_sweeps(name, quick):
     spec = preset(name, quick)
     assert len(list(spec.arms())) > 1
-    assert spec.recipe == ("permuted-digits" if quick else "permuted-mnist")
+    datasets = {spec.config(arm, 0).dataset for arm in spec.arms()}
+    assert all(name.startswith("digits") == quick for name in datasets), datasets
 
 
 def test_an_unknown_preset_names_the_near_one():
@@ -176,3 +177,54 @@ def test_what_keeps_two_sweeps_apart_is_named():
     assert more == []
     (line,) = differences(spec_of(SEARCH), spec_of(space(low=1e-4, high=1.0, log=True)))
     assert line == "search.space.train.learning_rate.high 0.01 there, 1.0 here"
+
+
+VARIANTS = {
+    "name": "s",
+    "recipe": "permuted-digits",
+    "base": {"train.batches": 7, "train.learning_rate": 0.5},
+    "variants": {
+        "supsup": {"eval": {"methods": "g-one-shot"}},
+        "psp": {"learner": "psp"},
+        "batche": {"learner": "batche", "train.learning_rate": 0.25},
+    },
+}
+
+
+def test_variants_are_settings_under_a_name():
+    spec = spec_of({**VARIANTS, "grid": {"tasks": [3, 4]}})
+    assert spec.varied == ("variant", "tasks")
+    arms = list(spec.arms())
+    assert arms[0] == {"variant": "supsup", "tasks": 3}
+    assert len(arms) == 6
+    configs = {arm["variant"]: spec.config(arm, 5) for arm in arms}
+    assert {c.tasks for c in configs.values()} == {4}
+    assert {c.train.batches for c in configs.values()} == {7}
+    assert configs["supsup"].eval.methods == ("g-one-shot",)
+    # A learner brings its own settings, which base doesn't know of; the variant itself knows more.
+    assert (configs["psp"].scenario, configs["psp"].train.learning_rate) == ("gg", 1e-4)
+    assert (configs["batche"].scenario, configs["batche"].train.optimizer) == ("gnu", "adam")
+    assert configs["batche"].train.learning_rate == 0.25
+    assert spec_of(to_tree(spec)) == spec
+
+
+def test_a_learner_of_all_trials_leaves_base_the_last_word():
+    spec = spec_of({**GRID, "base": {"learner": "batche", "train.learning_rate": 0.5}})
+    config = spec.config(next(spec.arms()), 0)
+    assert (config.train.learning_rate, config.train.trunk_learning_rate) == (0.5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": {"learner": ["psp", "heads"]}}, "learner is both in variants.psp and varied"),
+        ({"variants": {"a b": {}}}, "variant name is 'a b'"),
+        ({"variants": {"x": {"learnr": "psp"}}}, "unknown field learnr in variants.x; did you"),
+        ({"variants": {"x": 3}}, "must be a table"),
+        ({"variants": {"x": {"learner": "pps"}}}, "did you mean psp"),
+        ({"search": {"trials": 3, "space": SPACE}}, r"both \[variants\] and \[search\]"),
+    ],
+)
+def test_variants_that_make_no_sense_are_one_line(change, message):
+    with pytest.raises(ConfigError, match=message):
+        spec_of({**VARIANTS, **change})
