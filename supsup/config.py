@@ -353,8 +353,8 @@ class RunConfig:
     block_size: Annotated[
         int,
         _setting(
-            "tasks per block, the unit of work and of commit; 0: 10 on a CPU, 250 on a GPU, which "
-            "trains as many together as its memory holds",
+            "tasks per block, the unit of work and of commit; 0: 10 on a CPU, 1 there with the "
+            "general engine, 250 on a GPU, which trains as many together as its memory holds",
             ge=0,
             le=10_000,
         ),

@@ -35,8 +35,6 @@ def resolve(
     if config.train.precision == "auto":
         values["train.precision"] = "bf16" if native_bf16 else "fp32"
     train = with_values(config, values).train
-    if config.block_size == 0:
-        values["block_size"] = _BLOCK_SIZES[train.device]
     on_cpu = train.device == "cpu"
     special = needs_general(config)
     if train.engine == "auto" and special:
@@ -53,6 +51,10 @@ def resolve(
             f"train.engine is sparse, which is made for CPUs, not {train.device}; set it to auto "
             "or dense"
         )
+    if config.block_size == 0:
+        # On a CPU the general engine trains tasks one by one: together they gain nothing.
+        alone = on_cpu and values.get("train.engine", train.engine) == "general"
+        values["block_size"] = 1 if alone else _BLOCK_SIZES[train.device]
     return with_values(config, values)
 
 
