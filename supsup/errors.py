@@ -44,6 +44,10 @@ def near(word: str, known: Iterable[str]) -> str:
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: value, rule, remedy."""
 
+    def __init__(self, message: str) -> None:
+        """Take a message; whatever it quotes, it is one line that no terminal obeys."""
+        super().__init__(plain(message))
+
 
 class ConfigError(UserError):
     """A configuration value breaks its rule."""

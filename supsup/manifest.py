@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 import supsup
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
-from supsup.errors import BankError
+from supsup.errors import BankError, ConfigError, one_line, shown
 from supsup.fields import from_dict, to_dict
 from supsup.identity import fingerprint
 from supsup.masking import BIT_ORDER, layer_slices, mask_bytes
@@ -121,7 +122,7 @@ def parse_manifest(file: Path, text: bytes) -> Manifest:
         body = json.loads(text)
         stored = body.pop("sha256")
         version = body["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BankError(f"{file} is damaged: it is no manifest") from None
     if version != FORMAT_VERSION:
         raise BankError(
@@ -130,16 +131,26 @@ def parse_manifest(file: Path, text: bytes) -> Manifest:
         )
     if stored != _checksum(body):
         raise BankError(f"{file} is damaged: its checksum doesn't match")
-    layers = [
-        Layer(x["name"], x["outputs"], x["inputs"], tuple(x.get("kernel", ())))
-        for x in body["layers"]
-    ]
     names = [field.name for field in dataclasses.fields(Manifest)]
     # Banks of before there was batch norm don't say that they have no statistics.
     values = {name: body[name] for name in names if name in body}
-    values |= {
-        "config": from_dict(body["config"]),
-        "layers": tuple(layers),
-        "test_sizes": tuple(body.get("test_sizes", ())),
-    }
-    return Manifest(**values)
+    try:
+        manifest: Manifest = _MANIFEST.validate_python(
+            {**values, "config": from_dict(body["config"])}
+        )
+        fits = manifest.mask_bytes == body["mask_bytes"] > 0
+    except (ValidationError, ConfigError, KeyError, TypeError) as error:
+        raise BankError(f"{file} is damaged: {_said(error)}") from None
+    if not fits:
+        raise BankError(f"{file} is damaged: its layers don't fill a mask")
+    return manifest
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} is {shown(first['input'])}"
+
+
+_MANIFEST = TypeAdapter(Manifest)
