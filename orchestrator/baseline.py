@@ -22,11 +22,10 @@ from orchestrator.coordinator import MetricSink
 from orchestrator.jobs import Failure, Job, should_cut
 from orchestrator.progress import Reporter
 from orchestrator.recoveries import Recoveries, recovery_metrics
-from orchestrator.report import Checkpoint, Results, field_metrics, metrics
+from orchestrator.results import Checkpoint, Results, field_metrics, metrics
 from orchestrator.runfolder import RunFolder
 from supsup.baselines.asking import Answer, rule_of, storage
 from supsup.baselines.learner import Learned
-from supsup.baselines.network import Arrays
 from supsup.baselines.shelf import Shelf
 from supsup.config import RunConfig
 from supsup.errors import BankError
@@ -162,7 +161,7 @@ class BaselineJobs:
             checkpoints=ordered,
             gg_correct=self._given_correct(learned),
             sizes=self._sizes[:learned],
-            storage=storage(self._config.learner, self._shelf.read(0).own, self._trunk_on_disk()),
+            storage=storage(self._config.learner, self._shelf.read(0).own, self._shelf.shared()),
             given=given,
         )
 
@@ -185,11 +184,6 @@ class BaselineJobs:
     def _is_known(self, learned: int) -> bool:
         """Say whether all tasks were asked about after so many, or none was forgotten."""
         return not self._rule.forgets or len(self._correct[learned - 1]) == learned
-
-    def _trunk_on_disk(self) -> Arrays | None:
-        if self._rule.trunk == "never":
-            return None
-        return self._shelf.trunk(max(self._shelf.tasks()) if self._rule.forgets else 0)
 
     def extra_files(self, folder: Path) -> list[Path]:
         """Write what there is to show beside the results; return the paths."""
@@ -304,7 +298,7 @@ class BaselineJobs:
             return
         asked, settings = self._asked(learned), self._config.eval
         own = self._put([self._shelf.read(task).own for task in range(learned)])
-        trunk = self._trunk_on_disk()
+        trunk = self._shelf.shared()
         shared = None if trunk is None else self._put(trunk)
         self._parts[learned] = []
         decisions = decisions_per_task(settings, int(self._sizes.max()))

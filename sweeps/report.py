@@ -1,6 +1,5 @@
 """What a sweep shows: tables of arms, paired differences, and pictures, from its study alone."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import optuna
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.drawing import as_csv, as_png, axis_scale, limits, spread_ticks
 from supsup.files import write_atomically
-from sweeps.compare import Arm, Estimate, arms, differences, final, overall
-from sweeps.spec import OBJECTIVES, SweepSpec
+from sweeps.compare import Arm, Estimate, arm_labels, arms, differences, final, overall
+from sweeps.spec import OBJECTIVES, VARIANT, SweepSpec
+from sweeps.storage_picture import storage_picture
 from sweeps.study import Record
 
 #: Measures in the tables: heading, factor, digits.
@@ -36,6 +37,8 @@ _LEGEND = (
 )
 #: Arms of a search in its table, and lines in a picture, the best ones.
 _MOST_ROWS, _MOST_LINES = 20, 12
+#: Arms that fit into one panel of a picture.
+_MOST_IN_PANEL = 8
 
 
 def write(
@@ -50,7 +53,8 @@ def write(
         "trials.csv": as_csv(_trial_rows(spec, records)),
     }
     if found:
-        contents["accuracy.png"] = _picture(spec, found[:_MOST_LINES])
+        contents["accuracy.png"] = _picture(spec, found)
+        contents |= storage_picture(spec.name, found)
     if spec.search:
         contents |= _search_pictures(spec, study)
     written = []
@@ -76,9 +80,14 @@ def ranked(spec: SweepSpec, found: Sequence[Arm]) -> list[Arm]:
 def table(spec: SweepSpec, records: Sequence[Record]) -> Table:
     """Return the comparison as a table for a terminal."""
     found = ranked(spec, arms(records))
-    shown = Table(title=f"sweep {spec.name}: mean over seeds ± 95 % interval")
+    labels = [arm.label for arm in found]
+    title = f"sweep {spec.name}: mean over seeds ± 95 % interval"
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=0)
     for heading in _headings(found):
-        shown.add_column(heading, justify="left" if heading == "arm" else "right")
+        if heading == "arm":
+            shown.add_column(heading, min_width=min(22, max(map(len, labels), default=0)))
+        else:
+            shown.add_column(heading, justify="right")
     for row in _rows(found[:_MOST_ROWS] if spec.search else found):
         shown.add_row(*row)
     captions = []
@@ -91,9 +100,11 @@ def table(spec: SweepSpec, records: Sequence[Record]) -> Table:
 
 
 def _shown_measures(found: Sequence[Arm]) -> list[str]:
-    return [
+    """Return the measures that there are; where masks are counted, their bytes say no more."""
+    names = [
         name for name in _MEASURES if any(not math.isnan(overall(arm, name).mean) for arm in found)
     ]
+    return [name for name in names if name != "bytes" or "masks" not in names]
 
 
 def _headings(found: Sequence[Arm]) -> list[str]:
@@ -192,33 +203,81 @@ def _trial_rows(spec: SweepSpec, records: Sequence[Record]) -> list[list[object]
 
 
 def _picture(spec: SweepSpec, found: Sequence[Arm]) -> bytes:
-    """Accuracy against tasks learned: a line an arm, a band from the worst to the best seed."""
+    """Accuracy against tasks learned: a line an arm, a band from the worst to the best seed.
+
+    Many arms of a grid have a panel for each value of the first field that differs.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
+    panels = _panels(spec, found)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = (8, 5.5) if len(panels) == 1 else (4.2 * columns + 0.6, 3.4 * rows + 1.4)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     curves, learned = [], set()
-    for arm, marker in zip(found, itertools.cycle("os^Dv<>P"), strict=False):
-        steps, low, mean, high = _band(arm)
-        (line,) = axes.plot(steps, mean, marker=marker, markersize=4, label=arm.label)
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        curves += [low, high]
-        learned |= set(steps)
+    styles = _styles([label for lines in panels.values() for label in lines])
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        for label, arm in lines.items():
+            steps, low, mean, high = _band(arm)
+            style = styles[label]
+            axes.plot(steps, mean, markersize=4, label=label, **style)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            curves += [low, high]
+            learned |= set(steps)
+        axes.set_title(title)
+        axes.grid(visible=True, alpha=0.3)
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
     ticks = sorted(learned)
     scale = axis_scale(ticks)
-    axes.set_xscale(scale)
     shown = spread_ticks(ticks, scale)
-    axes.set_xticks(shown, [f"{k:,}" for k in shown])
-    axes.minorticks_off()
-    axes.set_ylim(*limits(curves))
+    for axes in all_axes[: len(panels)]:
+        axes.set_xscale(scale)
+        axes.set_xticks(shown, [f"{k:,}" for k in shown])
+        axes.minorticks_off()
+    all_axes[0].set_ylim(*limits(curves))
     seeds = max(len(arm.by_seed) for arm in found)
     band = f"; band: lowest to highest of {seeds} seeds" if seeds > 1 else ""
-    axes.set_xlabel(f"tasks learned{band}")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(spec.name)
-    axes.grid(visible=True, alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    for number, axes in enumerate(all_axes[: len(panels)]):
+        if number + columns >= len(panels):
+            axes.set_xlabel(f"tasks learned{band}")
+            axes.tick_params(labelbottom=True)
+        if number % columns == 0:
+            axes.set_ylabel("test accuracy, %")
+    figure.suptitle(spec.name)
+    named = {
+        label: handle
+        for axes in all_axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    longest = max(map(len, named))
+    legend = {"ncols": 2 if longest < 45 else 1, "frameon": False, "fontsize": 9}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", **legend)
     return as_png(figure)
+
+
+def _panels(spec: SweepSpec, found: Sequence[Arm]) -> dict[str, dict[str, Arm]]:
+    """Return the panels of the picture by title, and in each the arms by label."""
+    fields = [path for path in spec.varied if path != VARIANT]
+    first = next((path for path in fields if len({a.values[path] for a in found}) > 1), None)
+    if spec.search or first is None or len(found) <= _MOST_IN_PANEL:
+        return {"": {arm.label: arm for arm in found[:_MOST_LINES]}}
+    rest = [{path: v for path, v in arm.values.items() if path != first} for arm in found]
+    panels: dict[str, dict[str, Arm]] = {}
+    for arm, label in zip(found, arm_labels(rest), strict=True):
+        (title,) = arm_labels([{first: arm.values[first]}])
+        panels.setdefault(title, {})[label] = arm
+    return {title: dict(list(lines.items())[:_MOST_LINES]) for title, lines in panels.items()}
+
+
+def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return colour and marker of every label, the same in all panels."""
+    names = dict.fromkeys(labels)
+    return {
+        label: {"color": f"C{number % 10}", "marker": "os^Dv<>P"[number % 8]}
+        for number, label in enumerate(names)
+    }
 
 
 def _band(arm: Arm) -> tuple[list[int], Any, Any, Any]:

@@ -89,6 +89,15 @@ class Shelf:
         """
         return self._read("trunk", task)
 
+    def shared(self) -> Arrays | None:
+        """Return the shared weights as they are now; None if they come from the seed.
+
+        Raises:
+            BankError: if they are damaged.
+        """
+        files = sorted(self._path.glob("trunk-*.safetensors"))
+        return self.trunk(int(files[-1].stem.removeprefix("trunk-"))) if files else None
+
     def discard_leftovers(self) -> None:
         """Remove temporary files that a killed writer left."""
         for path in self._path.glob(".*.tmp"):
