@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check bench env lock clean
+.PHONY: demo test test-all fuzz check bench env lock clean
 
 demo: $(READY)  ## the main job on embedded data: 100 tasks of permuted digits
 	$(BIN)/supsup run permuted-digits
@@ -14,6 +14,10 @@ test: $(READY)  ## the default tests
 
 test-all: $(READY)  ## all tests, also those that take minutes
 	$(BIN)/pytest -m "not gpu or gpu" --timeout 1200
+
+fuzz: $(READY)  ## rubbish for every reader; with coverage where atheris is installed
+	SUPSUP_FUZZ_EXAMPLES=2000 $(BIN)/pytest tests/test_fuzz.py --timeout 1200
+	$(BIN)/pytest tests/test_fuzz.py -m slow -k coverage --timeout 1200
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

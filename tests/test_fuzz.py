@@ -4,6 +4,9 @@ import copy
 import functools
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +16,7 @@ from supsup.fields import config_fields
 from sweeps.spec import _CHOICES
 from tests.fuzz import targets
 
+ROOT = Path(__file__).parents[1]
 MORE = bool(os.environ.get("SUPSUP_FUZZ_EXAMPLES"))
 EXAMPLES = int(os.environ.get("SUPSUP_FUZZ_EXAMPLES", "60"))
 quickly = settings(
@@ -239,3 +243,22 @@ def test_a_manifest_with_a_right_checksum_and_wrong_content_is_said(full_bank, d
         part[key] = data.draw(VALUES)
     content = json.dumps({**body, "sha256": _checksum(body)}).encode()
     targets.manifest_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_many_more():
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    environment = os.environ | {"SUPSUP_FUZZ_EXAMPLES": "1000"}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", ["spec", "manifest", "block"])
+def test_what_coverage_leads_to(target):
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.fuzz", target, "5000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done 5000" in done.stderr
