@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from orchestrator.cluster import Cluster
 from orchestrator.pool import Failure, Job, JobSource
-from orchestrator.report import label
+from orchestrator.results import label
 from orchestrator.worker import THREADS, WorkerSetup
 from supsup.config import RunConfig
 from supsup.errors import RunFailed, UserError, one_line
@@ -133,6 +133,9 @@ class Ears:
         self._tracker.metrics(values, step)
         self._summary_follows = True
         point = measured(self._ready.config, values)
+        if "accuracy" not in point:
+            # A stream that went on was evaluated otherwise there: its masks are others now.
+            return
         self.curve[step] = point
         poor = self._prune(step, point["accuracy"])
         if poor and step < self._ready.config.tasks and self.pruned_at is None:
@@ -152,14 +155,20 @@ class Ears:
 
 
 def measured(config: RunConfig, values: Mapping[str, float]) -> dict[str, float]:
-    """Return the measures of a checkpoint by names that all scenarios share."""
+    """Return the measures of a checkpoint by names that all scenarios share.
+
+    Those of an open set are named as in the table of its run.
+    """
     scenario, first = config.scenario, label(config.eval.methods[0], config.eval)
     point = {
         "accuracy": values.get(f"{scenario}/accuracy", math.nan),
         "task_accuracy": values.get(f"{scenario}/task_accuracy/{first}", math.nan),
-        "gg_accuracy": values["gg/accuracy"],
-        "bytes": values["bank/bytes"],
+        "gg_accuracy": values.get("gg/accuracy", math.nan),
+        "bytes": values.get("bank/bytes", math.nan),
     }
+    if scenario == "nns":
+        point |= {name: values[f"nns/{name}"] for name in ("masks", "missed", "false_new", "mixed")}
+        point["wrong"] = values["nns/wrong"] + values["nns/late"]
     return {name: value for name, value in point.items() if not math.isnan(value)}
 
 

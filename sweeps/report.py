@@ -87,7 +87,7 @@ def table(spec: SweepSpec, records: Sequence[Record]) -> Table:
         if heading == "arm":
             shown.add_column(heading, min_width=min(22, max(map(len, labels), default=0)))
         else:
-            shown.add_column(heading, justify="right")
+            shown.add_column(heading.replace(", ", "\n"), justify="right")
     for row in _rows(found[:_MOST_ROWS] if spec.search else found):
         shown.add_row(*row)
     captions = []
