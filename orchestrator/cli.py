@@ -193,33 +193,9 @@ def bank() -> None:
 @options.runs_dir
 def bank_info(name: str, runs_dir: str) -> None:
     """Say what the bank of a RUN holds."""
-    from orchestrator.blocks import learned_prefix
-    from supsup.storage import mask_storage
+    from orchestrator.bank_info import bank_info as said
 
-    opened = _open_bank(runs_dir, name)
-    manifest, config = opened.manifest, opened.manifest.config
-    storage = mask_storage(config.mask, manifest.layers, manifest.statistics)
-    blocks = opened.blocks()
-    tasks = sum(len(tasks) for tasks, _ in blocks)
-    shapes = ", ".join(f"{x.name} {x.outputs}x{x.inputs}" for x in manifest.layers)
-    lines = {
-        "bank": opened.path,
-        "tasks": f"{tasks} in {len(blocks)} blocks, "
-        f"{learned_prefix(tasks for tasks, _ in blocks)} from task 0 on without a gap",
-        "size": f"{opened.size():,} bytes, {manifest.mask_bytes:,} per mask",
-        "stored": f"{storage.per_task:,} bytes per task ({storage.what}) and the seed",
-        "tasks are": f"{config.family}, of {manifest.classes} classes each",
-        "model": f"{config.model.name}: {shapes}",
-        "data set": f"{config.dataset}, SHA-256 {manifest.dataset_sha256[:16]}",
-        "seed": config.seed,
-        "weights": f"SHA-256 {manifest.weights_sha256[:16]}",
-        "trained": f"{config.train.batches} batches of {config.train.batch_size}, rate "
-        f"{config.train.learning_rate:g} {config.train.schedule}, {config.train.precision} "
-        f"on {manifest.device}",
-        "versions": ", ".join(f"{name} {v}" for name, v in manifest.versions.items()),
-        "fingerprint": manifest.fingerprint,
-    }
-    for key, value in lines.items():
+    for key, value in said(_open_bank(runs_dir, name)):
         click.echo(f"{key:12} {value}")
 
 

@@ -17,7 +17,7 @@ from orchestrator.blocks import LearnedPrefix, evaluation_jobs, halves, remainin
 from orchestrator.chain import Chain
 from orchestrator.jobs import Failure, Job, should_cut
 from orchestrator.progress import Reporter
-from orchestrator.report import Checkpoint, Results, field_metrics, metrics
+from orchestrator.results import Checkpoint, Results, field_metrics, metrics
 from orchestrator.runfolder import RunFolder
 from supsup.bank import Bank, Stock
 from supsup.config import RunConfig

@@ -69,7 +69,8 @@ def _heat_map(
     """Draw percents [K, T]; what is nan stays grey."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    height = min(6.5, 2 + 0.45 * len(percents))
+    figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("0.85")
     known = np.ma.masked_invalid(percents)

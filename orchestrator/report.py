@@ -1,16 +1,11 @@
-"""What a run shows: a table, a per-task table and a picture, from stored results alone.
+"""What a run shows: a table, files of tables and pictures, from stored results alone.
 
-SupSup and the baselines fill in the same ``Results``, so that all of them are shown alike.
-
-Shapes: T tasks.
+Shapes: T tasks, M methods.
 """
 
-import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,153 +13,19 @@ import numpy.typing as npt
 from rich.table import Table
 
 from orchestrator.drawing import Curve, as_csv, as_png, axis_scale, limits, spread_ticks
-from orchestrator.field_report import MAP_TASKS, confusion_files, matrix_files
-from supsup import measures
-from supsup.config import EvalConfig, RunConfig, method_parts
-from supsup.evaluate import COUNTS, Evaluation, Sizes
+from orchestrator.field_report import confusion_files, matrix_files
+from orchestrator.results import (
+    FEW_METHODS,
+    SCENARIO_NAMES,
+    Checkpoint,
+    Results,
+    field_metrics,
+    label,
+    method_name,
+    metrics,
+)
+from supsup.evaluate import COUNTS, Evaluation
 from supsup.files import write_atomically
-from supsup.measures import AccuracyMatrix
-from supsup.storage import Storage
-
-_OBJECTIVE_NAMES = {"h": "H ", "g": "G ", "": ""}
-#: Methods that the table has columns for.
-_COLUMNS = 3
-_SCENARIO_NAMES = {"gg": "GG", "gns": "GNs", "gnu": "GNu"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Accuracies after some number of tasks learned."""
-
-    learned: int
-    gg_accuracy: float
-    """The mean over the tasks learned, each given."""
-    evaluation: Evaluation | None
-    """With the task inferred; None in scenario GG."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """All that a run has to show."""
-
-    name: str
-    dataset: str
-    """What was learned, as people read it: see ``subject``."""
-    scenario: str
-    settings: EvalConfig
-    checkpoints: tuple[Checkpoint, ...]
-    """At least one, by ascending number of tasks learned."""
-    gg_correct: npt.NDArray[np.int64]
-    """Test images that are right after all tasks, task given, int64 [T]."""
-    sizes: npt.NDArray[np.int64]
-    """Test images of every task, int64 [T]."""
-    storage: Storage | None = None
-    """What the tasks take; None leaves it out."""
-    given: AccuracyMatrix | None = None
-    """Accuracies with the task given of a learner that may forget; None: those of a task stay."""
-    forward_transfer: float | None = None
-    """After all tasks: see orchestrator.reference; None if it is not known."""
-
-    def until(self, learned: int) -> "Results":
-        """Return what there was to show after so many tasks."""
-        checkpoints = tuple(c for c in self.checkpoints if c.learned <= learned)
-        given = self.given
-        if given is not None:
-            rows = [(k, row_T) for k, row_T in given.rows() if k <= learned]
-            given = AccuracyMatrix.of_rows(rows) if rows else None
-        return dataclasses.replace(
-            self,
-            checkpoints=checkpoints,
-            gg_correct=self.gg_correct[:learned],
-            sizes=self.sizes[:learned],
-            given=given,
-            forward_transfer=None if learned < len(self.gg_correct) else self.forward_transfer,
-        )
-
-    def matrix(self) -> AccuracyMatrix:
-        """Return the accuracy matrix of the run's scenario, with the task inferred if it is."""
-        inferred = [c.evaluation for c in self.checkpoints if c.evaluation is not None]
-        if inferred:
-            return AccuracyMatrix.of_rows([(e.learned, self._inferred(e)) for e in inferred])
-        return self.given or self._unchanging()
-
-    def _unchanging(self) -> AccuracyMatrix:
-        tasks = len(self.gg_correct)
-        every = range(1, tasks + 1) if tasks <= MAP_TASKS else [c.learned for c in self.checkpoints]
-        return AccuracyMatrix.unchanging(list(every), self.gg_correct / self.sizes)
-
-    def _inferred(self, evaluation: Evaluation) -> measures.Rates:
-        rates_T = np.full(evaluation.learned, math.nan)
-        method, hits = evaluation.methods[0], f"{self.scenario}_hits"
-        rates_T[list(evaluation.tasks)] = evaluation.rates(method, hits, "images")
-        return rates_T
-
-
-def subject(config: RunConfig) -> str:
-    """Return what a run learns as people read it, such as ``rotated mnist``."""
-    dataset = config.dataset
-    if dataset.startswith("images:"):
-        dataset = Path(dataset).name or "images"
-    return dataset if config.family == "permuted" else f"{config.family} {dataset}"
-
-
-def label(method: str, settings: EvalConfig) -> str:
-    """Return a method's name with what was asked of it: ``h-one-shot-b128``, ``-g128``."""
-    name = method
-    if settings.batch > 1:
-        name += f"-b{settings.batch}"
-    if settings.group_size != settings.batch:
-        name += f"-g{settings.group_size}"
-    return name
-
-
-def folder_name(settings: EvalConfig) -> str:
-    """Return the name of a folder for what an evaluation shows: its methods, or the first."""
-    labels = [label(method, settings) for method in settings.methods]
-    if len(labels) <= _COLUMNS:
-        return "+".join(labels)
-    digest = hashlib.sha256("+".join(labels).encode()).hexdigest()[:8]
-    return f"{labels[0]}+{len(labels) - 1}-more-{digest}"
-
-
-def metrics(
-    checkpoint: Checkpoint, scenario: str, settings: EvalConfig, sizes: Sizes
-) -> dict[str, float]:
-    """Return the metrics of a checkpoint by their MLflow keys."""
-    values = {"gg/accuracy": checkpoint.gg_accuracy}
-    evaluation = checkpoint.evaluation
-    if evaluation is None:
-        return values
-    headline = evaluation.methods[0]
-    values[f"{scenario}/accuracy"] = evaluation.accuracy(headline, scenario)
-    half_width = evaluation.accuracy_half_width(headline, scenario, sizes)
-    if math.isfinite(half_width) and evaluation.is_sample(sizes):
-        values[f"{scenario}/accuracy_ci95"] = half_width
-    values[f"{scenario}/top5_task_accuracy"] = evaluation.top5_accuracy(headline)
-    for method in evaluation.methods:
-        key = label(method, settings)
-        values[f"{scenario}/accuracy/{key}"] = evaluation.accuracy(method, scenario)
-        values[f"{scenario}/task_accuracy/{key}"] = evaluation.task_accuracy(method)
-    return values
-
-
-def field_metrics(results: Results) -> dict[str, float]:
-    """Return the measures of continual learning (supsup.measures) after the last checkpoint.
-
-    They are those of the run's scenario: with the task inferred, if it is. What needs a task that
-    was asked about twice is left out if there is none.
-    """
-    matrix = results.matrix()
-    values = {
-        "average_accuracy": measures.average_accuracy(matrix),
-        "forgetting": measures.forgetting(matrix),
-        "backward_transfer": measures.backward_transfer(matrix),
-    }
-    if results.forward_transfer is not None:
-        values["forward_transfer"] = results.forward_transfer
-    if results.storage is not None:
-        values["bytes_per_task"] = float(results.storage.per_task)
-    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def table(results: Results) -> Table:
@@ -172,7 +33,7 @@ def table(results: Results) -> Table:
 
     A column per method, or a row where there are too many for a terminal.
     """
-    scenario = _SCENARIO_NAMES[results.scenario]
+    scenario = SCENARIO_NAMES[results.scenario]
     shown = Table(
         title=f"{results.name}: accuracy in % on {results.dataset}",
         caption="\n".join(notes(results)) or None,
@@ -181,7 +42,7 @@ def table(results: Results) -> Table:
     shown.add_column("tasks\nlearned", justify="right")
     shown.add_column("GG", justify="right")
     methods = results.settings.methods if results.scenario != "gg" else ()
-    long = len(methods) > _COLUMNS
+    long = len(methods) > FEW_METHODS
     if long:
         shown.add_column("method")
         shown.add_column(f"{scenario} (task found)", justify="right")
@@ -221,7 +82,7 @@ def notes(results: Results) -> list[str]:
     if "forgetting" in values:
         fell, gained = 100 * values["forgetting"], 100 * values["backward_transfer"]
         found.append(
-            f"{_SCENARIO_NAMES[results.scenario]}, % points: forgetting {fell:.2f}, "
+            f"{SCENARIO_NAMES[results.scenario]}, % points: forgetting {fell:.2f}, "
             f"backward transfer {gained:.2f}"
         )
     if results.forward_transfer:
@@ -248,7 +109,7 @@ def sample_note(results: Results) -> str | None:
     if (images_T == sizes_T).all():
         images = f"all {_span(sizes_T)}"
     return (
-        f"{_SCENARIO_NAMES[results.scenario]} at {evaluation.learned} tasks: estimate from "
+        f"{SCENARIO_NAMES[results.scenario]} at {evaluation.learned} tasks: estimate from "
         f"{_part(len(evaluation.tasks), evaluation.learned)} tasks, {images} test images of each; "
         "± is the 95 % interval"
     )
@@ -263,20 +124,11 @@ def _part(some: int, total: int) -> str:
     return f"all {total}" if some == total else f"{some} of {total}"
 
 
-def method_name(method: str, settings: EvalConfig) -> str:
-    """Return a method as people read it, such as ``H one-shot``."""
-    objective, algorithm = method_parts(method)
-    name = f"{_OBJECTIVE_NAMES[objective]}{algorithm}"
-    if settings.batch > 1:
-        name += f", {settings.batch} images"
-    return name
-
-
 def write(results: Results, folder: Path) -> list[Path]:
     """Write the tables and pictures of a run; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     evaluation = results.checkpoints[-1].evaluation
-    title = f"{results.name} ({results.dataset}), {_SCENARIO_NAMES[results.scenario]}"
+    title = f"{results.name} ({results.dataset}), {SCENARIO_NAMES[results.scenario]}"
     if evaluation is not None:
         title += f", {method_name(evaluation.methods[0], results.settings)}"
     files = {
@@ -365,10 +217,17 @@ def _picture(results: Results) -> bytes:
     learned = [checkpoint.learned for checkpoint in results.checkpoints]
     for (name, (values, widths)), marker in zip(curves.items(), itertools.cycle("os^Dv")):
         (line,) = axes.plot(learned, values, marker=marker, markersize=5, label=name)
+        color = line.get_color()
+        if len(learned) == 1:
+            axes.errorbar(learned, values, widths, color=color, capsize=4)
         band = (values - widths, values + widths)
-        axes.fill_between(learned, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(learned, *band, color=color, alpha=0.15, linewidth=0)
     gg = np.array([100 * checkpoint.gg_accuracy for checkpoint in results.checkpoints])
-    axes.plot(learned, gg, "k--", linewidth=1.2, label="GG: task given (upper bound)")
+    name = "GG: task given (upper bound)"
+    if len(learned) == 1:
+        axes.axhline(gg[0], color="k", linestyle="--", linewidth=1.2, label=name)
+    else:
+        axes.plot(learned, gg, "k--", linewidth=1.2, label=name)
     scale = axis_scale(learned)
     axes.set_xscale(scale)
     shown = spread_ticks(learned, scale)
@@ -393,7 +252,7 @@ def _curves(results: Results) -> dict[str, tuple[Curve, Curve]]:
         return {}
     scenario, of = results.scenario, results.sizes
     return {
-        f"{_SCENARIO_NAMES[scenario]}: task inferred by {method_name(method, results.settings)}": (
+        f"{SCENARIO_NAMES[scenario]}: task inferred by {method_name(method, results.settings)}": (
             100 * np.array([e.accuracy(method, scenario) for e in evaluations]),
             100 * np.array([e.accuracy_half_width(method, scenario, of) for e in evaluations]),
         )

@@ -26,6 +26,7 @@ from orchestrator.crew import Crew
 from orchestrator.jobs import WorkersLost
 from orchestrator.progress import Reporter
 from orchestrator.reference import forward_transfer
+from orchestrator.results import Results, folder_name, subject
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
 from orchestrator.stream import StreamRun
 from orchestrator.tracking import Store, Tracker, store_for
@@ -170,7 +171,7 @@ def evaluate(
         connect(where.address, where.workers, config.train.device) as cluster,
     ):
         task = _Task(cluster, config, at, data, bank, folder, reporter, train=False)
-        report_dir = folder.path / "report" / report.folder_name(config.eval)
+        report_dir = folder.path / "report" / folder_name(config.eval)
         with _naming_the_remedy("the same command"):
             return task.work(stock, store, launch, report_dir, started)
 
@@ -242,7 +243,7 @@ class _Task:
             jobs = self._jobs(stock, tracking.tracker)
             if jobs.widest:
                 self._run_pool(jobs)
-            results = jobs.results(self._folder.name, report.subject(self._config))
+            results = jobs.results(self._folder.name, subject(self._config))
             if results:
                 results = self._with_reference(results, tracking.tracker)
             files = report.write(results, report_dir) if results else []
@@ -293,7 +294,7 @@ class _Task:
             train=self._train,
         )
 
-    def _with_reference(self, results: report.Results, tracker: Tracker) -> report.Results:
+    def _with_reference(self, results: Results, tracker: Tracker) -> Results:
         """Add what the run is measured against, and record it."""
         rates_T = results.gg_correct / results.sizes
         found = forward_transfer(self._config, rates_T, self._bank)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.drawing import as_csv, as_png, axis_scale, limits, spread_ticks
-from orchestrator.report import label, method_name
+from orchestrator.results import label, method_name
 from supsup.config import EvalConfig, RunConfig
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically

@@ -125,6 +125,7 @@ def split_images() -> RunConfig:
         model=ModelConfig(name="gem-resnet18", output_size=2),
         mask=MaskConfig(algorithm="edge-popup", keep_fraction=0.1, budget="erdos-renyi"),
         train=TrainConfig(batches=500, optimizer="adam", learning_rate=1e-3, schedule="cosine"),
+        eval=EvalConfig(at=(1, 2, 3, 4)),
     )
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from orchestrator.drawing import axis_scale, spread_ticks
 from orchestrator.field_report import confusion_files, matrix_files
-from orchestrator.report import (
+from orchestrator.report import table, write
+from orchestrator.results import (
     Checkpoint,
     Results,
     field_metrics,
@@ -17,8 +18,6 @@ from orchestrator.report import (
     label,
     metrics,
     subject,
-    table,
-    write,
 )
 from supsup.config import RunConfig
 from supsup.evaluate import Evaluation
