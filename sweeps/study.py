@@ -23,7 +23,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -32,6 +32,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from supsup.errors import ConfigError, one_line
 from supsup.fields import get_field
 from supsup.seeding import derive_seed
+from sweeps.patient import PatientStorage
 from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, differences, spec_of, to_tree
 
 JOURNAL = "study.journal"
@@ -89,7 +90,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     check_storage(url)
     pool = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        return RDBStorage(url, engine_kwargs=pool)
+        return PatientStorage(url, pool)
     except ImportError as error:
         raise ConfigError(
             f"storage {public(url)} needs the driver {error.name or one_line(error)}, "
