@@ -84,10 +84,11 @@ def decide(scores_K: Scores, allocated: int, epsilon: float) -> Existing | New:
 class Threshold:
     """ε, fixed or calibrated by the margins of the decisions so far.
 
-    Calibrated: ``ln(margin - 1)`` of recent recognitions and of recent allocations are each taken
-    as normal, centre and width by median and median absolute deviation; ε lies as many widths
-    below the one as above the other, so that both errors are equally likely. The chance is
-    ``false_alarm``. Until there are enough of both, ε is the fixed one.
+    Calibrated: ``ln(margin - 1)`` of the first recognition of each mask, while it is trained
+    least and stands out least, and of allocations are each taken as normal, centre and width of
+    recent ones by median and median absolute deviation; ε lies as many widths below the one as
+    above the other, so that both errors are equally likely. The chance is ``false_alarm``. Until
+    there are enough of both, ε is the fixed one.
     """
 
     def __init__(self, openset: OpenSetConfig) -> None:
@@ -95,14 +96,20 @@ class Threshold:
         self._fixed = openset.epsilon
         self._calibrated = openset.threshold == "calibrated"
         self._allocated = 0
+        self._recognised: set[int] = set()
         self._seen = {name: deque[float](maxlen=size) for name, size in _RECENT.items()}
 
     def take(self, step: "Step") -> None:
         """Take in what a learner did."""
         self._allocated += step.new
         # Which of an untrained few masks is best says nothing about margins.
-        if self._allocated > LEAST_MASKS and not step.mixed:
-            self.observe(step.margin, step.new or step.mask is None)
+        if self._allocated <= LEAST_MASKS or step.mixed:
+            return
+        new = step.new or step.mask is None
+        if new or step.mask not in self._recognised:
+            self.observe(step.margin, new)
+        if not new and step.mask is not None:
+            self._recognised.add(step.mask)
 
     def observe(self, seen_margin: float, new: bool) -> None:
         """Take in a margin, and what was decided."""

@@ -15,7 +15,7 @@ from supsup.masking import pack, unpack
 from supsup.material import layers_of
 from supsup.members import PAGE, LocalMembers, Superposition
 from supsup.models import fixed_weights, make_layers
-from supsup.openset import Existing, New, Threshold, decide, margin
+from supsup.openset import Existing, New, Step, Threshold, decide, margin
 from supsup.packed import packed_masks
 from supsup.streams import Segment, Stream
 from tests.streaming import Recorder
@@ -90,6 +90,28 @@ def test_a_calibrated_threshold_makes_both_errors_equally_likely():
         threshold.observe(1.9, new=True)
         threshold.observe(1.05, new=False)
     assert math.log(threshold.epsilon) == pytest.approx(ideal, abs=0.15)
+
+
+def test_only_the_first_recognition_of_a_mask_calibrates():
+    threshold = Threshold(OpenSetConfig(threshold="calibrated", epsilon=0.3))
+
+    def take(mask: int, new: bool, margin: float, mixed: bool = False) -> None:
+        threshold.take(
+            Step(
+                segment=0, mask=mask, new=new, mixed=mixed, margin=margin, epsilon=0.3,
+                decision_seconds=0, packed_B=None, state=None, batches=0,
+            )
+        )  # fmt: skip
+
+    for mask in range(40):
+        take(mask, True, 1.08)
+        take(mask, False, 1.3)
+    first = threshold.epsilon
+    assert 0.08 < first < 0.3
+    for mask in range(40):  # trained further, the masks stand out more
+        take(mask, False, 1.9)
+        take(mask, False, 1.01, mixed=True)
+    assert threshold.epsilon == first
 
 
 def test_a_fixed_threshold_stays():
