@@ -8,7 +8,7 @@ import torch
 
 from supsup.config import Method
 from supsup.errors import ConfigError
-from supsup.inference import Queries, TaskInference, check_methods, entropy, infer
+from supsup.inference import Queries, TaskInference, check_methods, entropy, infer, ranked
 from supsup.masking import pack, unpack
 from supsup.models import fixed_weights, make_layers
 
@@ -160,3 +160,60 @@ def test_gradient_where_some_alphas_are_zero():
     engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
     found = engine.gradient_at(x, "h", tasks, alpha)
     torch.testing.assert_close(found, free.grad, rtol=1e-9, atol=1e-14)
+
+
+# --- rankings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", typing.get_args(Method))
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_a_ranking_begins_with_the_task_that_is_found(method, k):
+    queries = Queries(TaskInference(bank(k), WEIGHTS, LAYERS, CLASSES), images(3, 2))
+    ranking_QR = ranked(queries, method)
+    assert ranking_QR.shape == (3, min(5, k))
+    assert all(len(set(row)) == len(row) for row in ranking_QR.tolist())
+    assert (ranking_QR[:, 0] == infer(queries, method)).all()
+
+
+def test_rankings_follow_what_the_algorithm_looks_at():
+    """Against the definitions, with every mask run one by one."""
+    packed, x_QNP = bank(9), images(4, 3)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    queries = Queries(engine, x_QNP, sketch=1.0)
+    one_hot = torch.eye(9, dtype=torch.float64)
+    logits_TQNS = torch.stack([superposition_logits(packed, alpha, x_QNP) for alpha in one_hot])
+    steepness_QT = torch.stack([autograd_alpha(packed, x_NP, "h") for x_NP in x_QNP])
+    surest_QT = entropy(logits_TQNS).mean(-1).T
+    largest_QT = -logits_TQNS[..., :CLASSES].amax(-1).mean(-1).T
+    for method, costs_QT in {
+        "h-one-shot": steepness_QT,
+        "h-sketch": steepness_QT,
+        "h-shortlist": surest_QT,
+        "h-all-masks": surest_QT,
+        "max-logit": largest_QT,
+    }.items():
+        expected = costs_QT.argsort(1)[:, :5]
+        assert ranked(queries, method).tolist() == expected.tolist(), method
+
+
+def test_the_largest_logit_is_that_of_the_concatenated_outputs():
+    packed, x_QNP = bank(9), images(5, 1)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    one_hot = torch.eye(9, dtype=torch.float64)
+    rows = [superposition_logits(packed, alpha, x_QNP[:, 0])[:, :CLASSES] for alpha in one_hot]
+    expected = torch.cat(rows, 1).argmax(1) // CLASSES
+    assert infer(Queries(engine, x_QNP), "max-logit").tolist() == expected.tolist()
+
+
+def test_binary_ranks_by_how_long_a_task_was_kept():
+    packed, x_NP = bank(9), images(1, 4)[0]
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES)
+    left, dropped = list(range(9)), []
+    while len(left) > 1:
+        gradient = engine.gradient_at(x_NP, "h", torch.tensor(left))
+        order = [left[i] for i in gradient.argsort()]
+        half = (len(left) + 1) // 2
+        dropped = order[half:] + dropped
+        left = sorted(order[:half])
+    ranking = ranked(Queries(engine, x_NP[None]), "h-binary")[0].tolist()
+    assert ranking == (left + dropped)[:5]
