@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from supsup.baselines.learner import Learned, normalised
+from supsup.baselines.optimizers import make_update
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, NonFiniteLoss
 from supsup.inference import entropy
 from supsup.material import as_tensor, batch_indices, layers_of, learning_rate
 from supsup.models import fixed_weights
-from supsup.optimizers import OPTIMIZERS
 from supsup.sampling import sampled_images
 from supsup.seeding import generator
 from supsup.tasks import task_family
@@ -223,7 +223,7 @@ class HopLearner:
 
     def _train(self, task: int, scores: Sequence[Tensor]) -> float:
         train = self._config.train
-        update = OPTIMIZERS[train.optimizer](train, scores)
+        update = make_update(train, scores)
         images_NP, labels_N = self.family.train(task)
         size = min(train.batch_size, len(labels_N))
         loss = torch.zeros(())

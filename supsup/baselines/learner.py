@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from supsup.baselines.network import Arrays, Network
+from supsup.baselines.optimizers import make_update
 from supsup.baselines.rules import RULES
 from supsup.config import RunConfig
 from supsup.datasets import Dataset, Images
 from supsup.errors import NonFiniteLoss
 from supsup.material import TEST_CHUNK, as_tensor, batch_indices, learning_rate
-from supsup.optimizers import OPTIMIZERS
 from supsup.tasks import Labelled, task_family
 
 #: Bytes of rotations kept, so that they aren't drawn again for every question.
@@ -144,7 +144,7 @@ class BaselineLearner:
         fitted = [tensors[name] for name in trained if ".running_" not in name]
         for tensor in fitted:
             tensor.requires_grad_()
-        update = OPTIMIZERS[train.optimizer](train, fitted)
+        update = make_update(train, fitted)
         scale = 1.0
         if self.rule.trunk == "first" and task == 0 and train.trunk_learning_rate:
             scale = train.trunk_learning_rate / train.learning_rate
