@@ -354,6 +354,7 @@ def act(what):
     return Job("act", (what,), tag=what)
 
 
+@pytest.mark.slow
 def test_a_bad_job_hurts_itself_alone_on_ray(cluster):
     made = WorkerPool(RayActors(ray.remote(Moody).options(num_cpus=1).remote), 2)
     source = Source(act("a"), act("raise"), act("die"), *(act(f"b{i}") for i in range(6)))
