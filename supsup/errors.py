@@ -7,7 +7,8 @@ from typing import Any
 
 #: A name and password in an address; a value that is called a secret.
 _SECRET = re.compile(
-    r"(://)(?!/)[^\s'\"/:]*:[^\s'\"]*@|((?:password|token|secret)\s*[=:]\s*)[^\s&;,]+", re.IGNORECASE
+    r"(://)(?!/)[^\s'\"/:]*:[^\s'\"]*@|((?:password|token|secret)\s*[=:]\s*)[^\s&;,]+",
+    re.IGNORECASE,
 )
 
 
