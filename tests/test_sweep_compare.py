@@ -1,9 +1,10 @@
+import dataclasses
 import math
 
 import pytest
 
 from sweeps.compare import arm_labels, arms, differences, estimate, overall, paired
-from sweeps.report import as_text, ranked, table, write
+from sweeps.report import _panels, _styles, as_text, ranked, table, write
 from sweeps.spec import spec_of
 from sweeps.study import Record
 
@@ -113,3 +114,25 @@ def test_a_search_is_shown_from_the_best_on():
         "batches 9",
         "batches 5",
     ]
+
+
+def test_many_arms_have_a_panel_for_each_value_of_the_first_field():
+    grid = {"train.batches": [5, 10], "train.learning_rate": [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]}
+    spec = spec_of({**GRID, "grid": grid})
+    records = [
+        dataclasses.replace(record(number, 5, 0, 0.8), values=arm)
+        for number, arm in enumerate(spec.arms())
+    ]
+    found = ranked(spec, arms(records))
+    panels = _panels(spec, found)
+    assert list(panels) == ["batches 5", "batches 10"]
+    assert [list(lines) for lines in panels.values()] == 2 * [
+        [f"learning_rate 0.00{n}" for n in range(1, 6)]
+    ]
+    assert panels["batches 10"]["learning_rate 0.002"].values == {
+        "train.batches": 10,
+        "train.learning_rate": 2e-3,
+    }
+    styles = _styles([label for lines in panels.values() for label in lines])
+    assert len({style["color"] for style in styles.values()}) == 5
+    assert list(_panels(spec, found[:8])) == [""]
