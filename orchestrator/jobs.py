@@ -15,7 +15,7 @@ Kind = Literal["died", "raised", "memory", "hung", "certain"]
 
 #: How often a job is tried again after its worker died, after it raised an exception, after there
 #: was no memory for it, after its worker gave no sign, and after it failed as it always will.
-MAX_RETRIES: dict[Kind, int] = {"died": 3, "raised": 1, "memory": 1, "hung": 1, "certain": 0}
+MAX_RETRIES: dict[Kind, int] = {"died": 3, "raised": 1, "memory": 3, "hung": 1, "certain": 0}
 #: Deaths of workers in a row, without a finished job between them, after which a pool gives up: so
 #: many, and so many per worker, since a node takes all of its workers with it.
 MAX_DEATHS_IN_A_ROW, MAX_DEATHS_PER_WORKER = 12, 3

@@ -5,7 +5,7 @@ from collections import deque
 
 import ray.exceptions
 
-from orchestrator.jobs import WorkersLost
+from orchestrator.jobs import HeadLost
 
 
 class Died(ray.exceptions.RayActorError):
@@ -102,7 +102,7 @@ class Script:
 
     def room(self):
         if self.gone:
-            raise WorkersLost(self.gone)
+            raise HeadLost(self.gone)
         return self.space if self.open_room else None
 
     # --- what happens --------------------------------------------------------------------------
@@ -137,9 +137,13 @@ class Script:
             if actor.up is None and not actor.dead and len(housed) < self.space:
                 actor.up = actor.birth.at = self.now + self.births
                 housed.append(actor)
+                if actor.queue:
+                    self._begin(actor)
 
     def _begin(self, actor):
         reference, job = actor.queue[0]
+        if actor.up is None and not actor.dead:
+            return
         what, seconds = (*job.args, 1.0)[:2]
         if actor.dead:
             reference.at, reference.error = self.now, Died()

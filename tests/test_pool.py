@@ -33,7 +33,7 @@ from tests.test_coordinator import Notes, make_jobs
 
 
 def test_retries_are_bounded():
-    tries = {"died": 3, "raised": 1, "memory": 1, "hung": 1, "certain": 0}
+    tries = {"died": 3, "raised": 1, "memory": 3, "hung": 1, "certain": 0}
     for kind, most in tries.items():
         found = [should_retry(kind, Counter({kind: n})) for n in range(1, 6)]
         assert found == [n <= most for n in range(1, 6)]
@@ -214,7 +214,7 @@ def test_a_task_without_memory_even_alone_is_reported():
     tries = []
     source = work(Script(), [big(range(4), 0, tries), *fine(2)])
     assert set(source.failures) == {range(i, i + 1) for i in range(4)}
-    assert {(f.kind, f.tries) for f in source.failures.values()} == {("memory", 2)}
+    assert {(f.kind, f.tries) for f in source.failures.values()} == {("memory", 4)}
     assert {0, 1} <= set(source.results)
 
 
