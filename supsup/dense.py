@@ -8,15 +8,12 @@ neurons, W weights of all layers and tasks.
 """
 
 import functools
-import subprocess
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from supsup.errors import SlowPath, one_line
+from supsup.compiling import compiled, square_root
 from supsup.material import TEST_CHUNK, Material, learning_rate
 
 #: Tasks trained together on a CPU. More share their batches and overhead, fewer the cache.
@@ -242,13 +239,6 @@ def cross_entropy_gradient(logits_TBS: Tensor, y_B: Tensor, out: Tensor) -> Tens
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, float, int], None]
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root. torch's own on the CPU is not: it may be one ulp off."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(np.sqrt(x.numpy()))
-    return x.sqrt()
-
-
 def update_scores(
     grad: Tensor,
     weights: Tensor,
@@ -267,25 +257,13 @@ def update_scores(
     """
     score_grad = grad.float() / batch * weights.float()
     square_avg.mul_(alpha).add_((1 - alpha) * score_grad * score_grad)
-    scores.sub_(rate * score_grad / (_sqrt(square_avg) + epsilon))
+    scores.sub_(rate * score_grad / (square_root(square_avg) + epsilon))
     masked.copy_(torch.where(scores >= 0, weights, torch.zeros_like(weights)))
 
 
 @functools.cache
 def _make_update(device: torch.device) -> Update:
     """Return the update compiled to one pass, or as it is where there is no compiler."""
-    compiled: Update = torch.compile(update_scores, dynamic=True)
-    grad, weights, scores, square_avg, masked = torch.zeros(5, 64, device=device)
-    try:
-        rate = torch.tensor(1e-3, device=device)
-        compiled(grad, weights, scores, square_avg, masked, rate, 0.99, 1e-8, 128)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        reason = one_line(error, 120)
-        warnings.warn(
-            f"the score update runs uncompiled, about 2 times slower: {reason}; "
-            "install a C++ compiler (g++)",
-            SlowPath,
-            stacklevel=2,
-        )
-        return update_scores
-    return compiled
+    buffers = torch.zeros(5, 64, device=device)
+    rate = torch.tensor(1e-3, device=device)
+    return compiled(update_scores, (*buffers, rate, 0.99, 1e-8, 128))

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from supsup.masking import make_masks
 from supsup.material import TEST_CHUNK, Material, learning_rate, net_of
-from supsup.optimizers import OPTIMIZERS
+from supsup.optimizers import ScoreUpdate
 from supsup.tasks import Labelled
 
 #: Part of a GPU's free memory that the tasks trained together may take.
@@ -39,15 +39,24 @@ class GeneralEngine:
         self.weights = [weight_OI.to(material.device) for weight_OI in material.weights]
 
     @property
+    def alone(self) -> bool:
+        """Say whether every task is trained by itself: then nothing goes through vmap."""
+        config = self.material.config
+        return (
+            self.material.device.type == "cpu"
+            or self.net.convolutional
+            or config.mask.transfer != "none"
+        )
+
+    @property
     def tasks_at_once(self) -> int:
         """Tasks that ``begin`` should be given at most.
 
         One on a CPU, where more gain nothing, and where tasks start from those before.
         """
-        material = self.material
-        alone = self.net.convolutional or material.config.mask.transfer != "none"
-        if material.device.type == "cpu" or alone:
+        if self.alone:
             return 1
+        material = self.material
         free, _ = torch.cuda.mem_get_info(material.device)
         numbers = _NUMBERS_PER_WEIGHT * sum(layer.weights for layer in material.layers)
         return max(1, int(_GPU_PART * free) // (4 * numbers + material.data.train_images.nbytes))
@@ -77,28 +86,32 @@ class GeneralGroup:
         self._scores = [scores_TOI.to(device, copy=True) for scores_TOI in scores]
         fresh_TS = engine.net.fresh_statistics(len(tasks)).to(device)
         self._statistics = engine.net.by_norm(fresh_TS)
-        train = material.config.train
-        self._update = OPTIMIZERS[train.optimizer](train, self._scores)
+        self._update = ScoreUpdate(material.config, engine.weights, self._scores)
+        self._masked = [torch.empty_like(part, dtype=material.dtype) for part in self._scores]
+        # One task's gradients come as matrices that lie together if it isn't one of several.
+        self._alone = engine.alone and len(tasks) == 1
+        parts = [part[0] for part in self._masked] if self._alone else self._masked
+        self._leaves = [part.detach().requires_grad_() for part in parts]
+        self._mask()
 
     def step(self, number: int) -> None:
         """Train every task on a batch of its own."""
         images_TBP, y_TB = self._batch(number)
-        masked = [masked_TOI.requires_grad_() for masked_TOI in self._masked()]
-        logits_TBS = self._forward(masked, images_TBP, training=True)
+        logits_TBS = self._forward(images_TBP, training=True)
         loss = functional.cross_entropy(
             logits_TBS.to(self._scores[0].dtype).flatten(0, 1), y_TB.flatten(), reduction="sum"
         )
-        gradients = torch.autograd.grad(loss / y_TB.shape[1], masked)
-        self._update(
-            [self._score_gradient(i, grad) for i, grad in enumerate(gradients)],
-            learning_rate(self._engine.material.config, number),
-        )
+        gradients = torch.autograd.grad(loss / y_TB.shape[1], self._leaves)
+        config = self._engine.material.config
+        self._update(gradients, self._masked, learning_rate(config, number), number)
+        if config.mask.algorithm == "edge-popup":
+            self._mask()
 
     def logits(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the logits [T, B, S] of the tasks' training batches, and their labels [T, B]."""
         images_TBP, y_TB = self._batch(number)
         with torch.no_grad():
-            return self._forward(self._masked(), images_TBP, training=False), y_TB
+            return self._forward(images_TBP, training=False), y_TB
 
     def test_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the logits [T, B, S] of the test images, and labels [T, B], in order.
@@ -110,7 +123,6 @@ class GeneralGroup:
         most = max(len(test) for test in tests)
         conv = self._engine.net.convolutional
         size = material.config.train.batch_size if conv else TEST_CHUNK
-        masked = self._masked()
         for start in range(0, most, size):
             indices_B = np.arange(start, min(start + size, most))
             parts = [test.batch(np.minimum(indices_B, len(test) - 1)) for test in tests]
@@ -119,7 +131,7 @@ class GeneralGroup:
                 y_TB[row, max(0, len(test) - start) :] = -1
             with torch.no_grad():
                 images_TBP = torch.stack([images_BP for images_BP, _ in parts])
-                yield self._forward(masked, images_TBP, training=False), y_TB
+                yield self._forward(images_TBP, training=False), y_TB
 
     def scores(self) -> list[Tensor]:
         """Return the scores [T, O, I] per layer."""
@@ -129,9 +141,12 @@ class GeneralGroup:
         """Return what batch norm gathered in training [T, statistics]; None without batch norm."""
         return torch.cat(self._statistics, 1).cpu().numpy() if self._statistics else None
 
-    def _forward(self, masked: Sequence[Tensor], images_TBP: Tensor, *, training: bool) -> Tensor:
-        logits = vmap(partial(self._engine.net.logits, training=training))
-        logits_TBS: Tensor = logits(list(masked), self._statistics, images_TBP)
+    def _forward(self, images_TBP: Tensor, *, training: bool) -> Tensor:
+        logits = partial(self._engine.net.logits, training=training)
+        if self._alone:
+            statistics = [part_TC[0] for part_TC in self._statistics]
+            return logits(self._leaves, statistics, images_TBP[0])[None]
+        logits_TBS: Tensor = vmap(logits)(self._leaves, self._statistics, images_TBP)
         return logits_TBS
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -141,22 +156,14 @@ class GeneralGroup:
         ]
         return torch.stack([x for x, _ in parts]), torch.stack([y for _, y in parts])
 
-    def _masked(self) -> list[Tensor]:
-        """Return the masked weights [T, O, I] per layer, in the training precision."""
+    def _mask(self) -> None:
+        """Make the masked weights anew, in the training precision."""
         material = self._engine.material
         masks = make_masks(material.config.mask, material.layers, self._scores)
-        pairs = zip(self._engine.weights, masks, strict=True)
-        return [(weight_OI * mask_TOI).to(material.dtype) for weight_OI, mask_TOI in pairs]
-
-    def _score_gradient(self, layer: int, gradient_TOI: Tensor) -> Tensor:
-        """Return the gradient of a layer's scores, given that of its masked weights.
-
-        Edge-popup's mask is one of the scores' magnitudes.
-        """
-        of_mask_TOI = gradient_TOI.to(self._scores[layer].dtype) * self._engine.weights[layer]
-        if self._engine.material.config.mask.algorithm == "edge-popup":
-            return of_mask_TOI * self._scores[layer].sign()
-        return of_mask_TOI
+        for masked_TOI, weight_OI, mask_TOI in zip(
+            self._masked, self._engine.weights, masks, strict=True
+        ):
+            torch.mul(weight_OI, mask_TOI, out=masked_TOI)
 
 
 class _Images:

@@ -1,56 +1,153 @@
-"""Optimisers of scores, as torch has them; what they keep of a score lies beside it.
+"""Optimisers of scores, each one pass over a layer: gradient, update, and the new masked weights.
 
-They are elementwise: a score's way depends on its own gradients alone.
+They are elementwise, and what torch.optim does: RMSprop neither centred nor with momentum, Adam
+with betas of 0.9 and 0.999, and gradient descent with momentum. Decay is an L2 penalty on scores.
+
+Shapes: T tasks, W weights of a layer.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from supsup.config import TrainConfig
+from supsup.compiling import compiled, square_root
+from supsup.config import RunConfig
 
-#: What takes the gradients of all scores, and the rate.
-Update = Callable[[Sequence[Tensor], float], None]
+_BETA1, _BETA2 = 0.9, 0.999
 
-
-def _torch_update(optimizer: torch.optim.Optimizer, scores: Sequence[Tensor]) -> Update:
-    def update(gradients: Sequence[Tensor], rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-        for score, gradient in zip(scores, gradients, strict=True):
-            score.grad = gradient
-        optimizer.step()
-
-    return update
+#: Updates scores [T, W] in place, given gradients, what is kept of each, and the settings.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
 
 
-def rmsprop(train: TrainConfig, scores: Sequence[Tensor]) -> Update:
-    """Return an update by RMSprop, not centred and without momentum."""
-    optimizer = torch.optim.RMSprop(
-        scores,
-        alpha=train.alpha,
-        eps=train.epsilon,
-        weight_decay=train.weight_decay,
-    )
-    return _torch_update(optimizer, scores)
+def rmsprop(
+    gradient: Tensor, scores: Tensor, kept: Tensor, second: Tensor, rates: Tensor,
+    alpha: float, epsilon: float,
+) -> None:  # fmt: skip
+    """Divide by the root of the gradients' mean square."""
+    second.mul_(alpha).add_((1 - alpha) * gradient * gradient)
+    scores.sub_(rates[0] * gradient / (square_root(second) + epsilon))
 
 
-def adam(train: TrainConfig, scores: Sequence[Tensor]) -> Update:
-    """Return an update by Adam, with its usual betas of 0.9 and 0.999."""
-    optimizer = torch.optim.Adam(scores, eps=train.epsilon, weight_decay=train.weight_decay)
-    return _torch_update(optimizer, scores)
+def adam(
+    gradient: Tensor, scores: Tensor, kept: Tensor, second: Tensor, rates: Tensor,
+    alpha: float, epsilon: float,
+) -> None:  # fmt: skip
+    """Divide the mean gradient by the root of the mean square, both without their bias."""
+    kept.mul_(_BETA1).add_((1 - _BETA1) * gradient)
+    second.mul_(_BETA2).add_((1 - _BETA2) * gradient * gradient)
+    scores.sub_(rates[0] / rates[1] * kept / (square_root(second) / rates[2] + epsilon))
 
 
-def sgd(train: TrainConfig, scores: Sequence[Tensor]) -> Update:
-    """Return an update by gradient descent with momentum."""
-    optimizer = torch.optim.SGD(
-        scores, lr=1.0, momentum=train.momentum, weight_decay=train.weight_decay
-    )
-    return _torch_update(optimizer, scores)
+def sgd(
+    gradient: Tensor, scores: Tensor, kept: Tensor, second: Tensor, rates: Tensor,
+    alpha: float, epsilon: float,
+) -> None:  # fmt: skip
+    """Go along the gradients, of which those before count ``alpha`` times as much each step."""
+    kept.mul_(alpha).add_(gradient)
+    scores.sub_(rates[0] * kept)
 
 
-OPTIMIZERS: Mapping[str, Callable[[TrainConfig, Sequence[Tensor]], Update]] = {
-    "rmsprop": rmsprop,
-    "adam": adam,
-    "sgd": sgd,
-}
+OPTIMIZERS: Mapping[str, Rule] = {"rmsprop": rmsprop, "adam": adam, "sgd": sgd}
+#: Which keep a mean of gradients, and which one of their squares.
+_KEEPS = {"rmsprop": (False, True), "adam": (True, True), "sgd": (True, False)}
+
+
+class ScoreUpdate:
+    """Updates the scores of some tasks, and what they keep, layer by layer."""
+
+    def __init__(
+        self, config: RunConfig, weights: Sequence[Tensor], scores: Sequence[Tensor]
+    ) -> None:
+        """Begin with nothing kept.
+
+        Args:
+            config: of the run.
+            weights: fixed weights, [O, I] per layer.
+            scores: of some tasks, [T, O, I] per layer; contiguous, updated in place.
+        """
+        train, mask = config.train, config.mask
+        self._weights = [weight_OI.flatten() for weight_OI in weights]
+        self._scores = [scores_TOI.view(len(scores_TOI), -1) for scores_TOI in scores]
+        empty = torch.empty(0, device=scores[0].device)
+        rooms = [
+            [torch.zeros_like(scores_TW) if keeps else empty for scores_TW in self._scores]
+            for keeps in _KEEPS[train.optimizer]
+        ]
+        self._kept, self._second = rooms
+        alpha = train.momentum if train.optimizer == "sgd" else train.alpha
+        self._settings = alpha, train.epsilon, train.weight_decay
+        self._update = _make_update(
+            train.optimizer, mask.algorithm == "edge-popup", scores[0].device
+        )
+
+    def __call__(
+        self, gradients: Sequence[Tensor], masked: Sequence[Tensor], rate: float, number: int
+    ) -> None:
+        """Update all scores by the gradients of the masked weights, straight through the mask.
+
+        Args:
+            gradients: of the masked weights, [T, O, I] per layer, or [O, I] of one task.
+            masked: the masked weights, [T, O, I] per layer; with thresholds, made anew.
+            rate: the learning rate.
+            number: updates before this one.
+        """
+        scores = self._scores
+        bias = 1 - _BETA1 ** (number + 1), math.sqrt(1 - _BETA2 ** (number + 1))
+        rates = torch.tensor([rate, *bias], dtype=scores[0].dtype, device=scores[0].device)
+        for i, (gradient_TOI, masked_TOI) in enumerate(zip(gradients, masked, strict=True)):
+            tasks = len(scores[i])
+            self._update(
+                gradient_TOI.reshape(tasks, -1), self._weights[i], scores[i], self._kept[i],
+                self._second[i], masked_TOI.view(tasks, -1), rates, *self._settings,
+            )  # fmt: skip
+
+
+Update = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, float, float], None
+]
+
+
+def update_scores(
+    rule: Rule,
+    edge_popup: bool,
+    gradient: Tensor,
+    weights: Tensor,
+    scores: Tensor,
+    kept: Tensor,
+    second: Tensor,
+    masked: Tensor,
+    rates: Tensor,
+    alpha: float,
+    epsilon: float,
+    decay: float,
+) -> None:
+    """Update the scores [T, W] of a layer in place, and with thresholds the masked weights.
+
+    Edge-popup's mask is one of the scores' magnitudes; its masked weights wait for the order.
+    """
+    score_gradient = gradient.to(scores.dtype) * weights
+    if edge_popup:
+        score_gradient = score_gradient * scores.sign()
+    rule(score_gradient + decay * scores, scores, kept, second, rates, alpha, epsilon)
+    if not edge_popup:
+        masked.copy_(torch.where(scores >= 0, weights, torch.zeros_like(weights)))
+
+
+@functools.cache
+def _make_update(optimizer: str, edge_popup: bool, device: torch.device) -> Update:
+    """Return the update compiled to one pass, or as it is where there is no compiler."""
+    rule = OPTIMIZERS[optimizer]
+
+    def update(*args: Any) -> None:
+        update_scores(rule, edge_popup, *args)
+
+    buffers = torch.zeros(5, 1, 64, device=device)
+    trial = (
+        buffers[0], torch.zeros(64, device=device), *buffers[1:], torch.ones(3, device=device),
+        0.9, 1e-8, 0.0,
+    )  # fmt: skip
+    return compiled(update, trial)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm, cross_entropy, silu
 
+from supsup import optimizers
 from supsup.fields import with_values
 from supsup.masking import initial_scores, unpack
 from supsup.material import batch_indices, learning_rate
-from supsup.optimizers import OPTIMIZERS
 from supsup.tasks import permutation
 from supsup.train import BlockTrainer
 
@@ -18,6 +18,16 @@ from supsup.train import BlockTrainer
 @pytest.fixture(scope="module")
 def general(quick):
     return with_values(quick, {"train.engine": "general"})
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(request, monkeypatch):
+    """Compiling takes seconds for every optimiser and precision; one test holds it to this."""
+    if "compiled" not in request.node.name:
+        monkeypatch.setattr(optimizers, "compiled", lambda function, trial: function)
+    optimizers._make_update.cache_clear()
+    yield
+    optimizers._make_update.cache_clear()
 
 
 def noisy(digits):
@@ -221,8 +231,32 @@ def test_the_packed_mask_and_its_statistics_have_the_stored_accuracy(general, di
         assert abs(found - int(block.gg_correct[task])) <= 1
 
 
+def test_the_compiled_update_gives_the_same_masks(general, digits, monkeypatch):
+    config = with_values(general, {"tasks": 2})
+    fast = BlockTrainer(config, digits).train(range(2))
+    monkeypatch.setattr(optimizers, "compiled", lambda function, trial: function)
+    optimizers._make_update.cache_clear()
+    plain = BlockTrainer(config, digits).train(range(2))
+    np.testing.assert_array_equal(fast.masks, plain.masks)
+    np.testing.assert_array_equal(fast.loss, plain.loss)
+
+
+def test_one_task_alone_is_one_of_several(general, digits):
+    """Without vmap, and by it: scores and statistics."""
+    config = with_values(general, {"model.name": "gem-resnet18", "train.batch_size": 8})
+    trainer = BlockTrainer(config, digits)
+    as_float64(trainer)
+    several, alone = trainer.engine.begin(range(2)), trainer.engine.begin(range(1, 2))
+    for number in range(2):
+        several.step(number)
+        alone.step(number)
+    for a, b in zip(several.scores(), alone.scores(), strict=True):
+        torch.testing.assert_close(a[1], b[0], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(several.statistics()[1], alone.statistics()[0], rtol=1e-6)
+
+
 def test_schedules_and_optimisers_are_all_there(quick):
     cosine = with_values(quick, {"train.batches": 4, "train.schedule": "cosine"})
     rates = [learning_rate(cosine, i) / cosine.train.learning_rate for i in range(4)]
     assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
-    assert set(OPTIMIZERS) == {"rmsprop", "adam", "sgd"}
+    assert set(optimizers.OPTIMIZERS) == {"rmsprop", "adam", "sgd"}
