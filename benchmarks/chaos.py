@@ -98,6 +98,10 @@ def main(
         expected = metric_points(folder / "runs", "whole")[1]
         runs, points = metric_points(folder / "runs", "disturbed")
         doubled = [key for key, count in points.items() if count > 1]
+        # How fast a command trained is its own affair; one that only evaluates can't tell.
+        missing = [
+            key for key in expected.keys() - points.keys() if not key[0].startswith("train/")
+        ]
         rows: dict[str, object] = {
             "faults": sum(record.faults.values()),
             "commands (first, and resumes)": record.commands,
@@ -105,7 +109,7 @@ def main(
             "bank equal": equal,
             "blocks lost or changed": len(command.lost()),
             "MLflow runs, FINISHED": runs,
-            "metric points missing": len(expected.keys() - points.keys()),
+            "metric points missing": len(missing),
             "metric points double": len(doubled),
         }
         print(table(record, whole_seconds, rows))
@@ -116,7 +120,7 @@ def main(
         if out:
             body = {**rows, "kinds": record.faults, "recovery": record.recovery}
             out.write_text(json.dumps(body, indent=1))
-        bad = not equal or command.lost() or runs != 1 or doubled or expected.keys() - points.keys()
+        bad = not equal or command.lost() or runs != 1 or doubled or missing
         if bad:
             print(command.said()[-3000:], file=sys.stderr)
         sys.exit(bool(bad))
