@@ -7,11 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from supsup.baselines.settings import learner_values
-from supsup.config import MLPS, EvalConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
+from supsup.config import (
+    MLPS,
+    EvalConfig,
+    MaskConfig,
+    Method,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from supsup.fields import get_field, with_values
 
 #: Stands for a folder that only the user knows.
 ANY_FOLDER = "images:DIR"
+#: Task inference without superfluous output neurons, if the task is not given.
+_INFERRED: tuple[Method, ...] = ("h-binary", "h-one-shot", "max-logit")
 
 
 def permuted_digits() -> RunConfig:
@@ -89,7 +99,8 @@ def split_cifar100() -> RunConfig:
         dataset="cifar100",
         model=ModelConfig(name="gem-resnet18", output_size=5),
         mask=MaskConfig(algorithm="edge-popup", keep_fraction=0.075, budget="erdos-renyi"),
-        train=TrainConfig(batches=4883, optimizer="adam", learning_rate=1e-3, schedule="constant"),
+        train=TrainConfig(batches=4883, optimizer="adam", learning_rate=1e-3, schedule="cosine"),
+        eval=EvalConfig(methods=_INFERRED),
     )
 
 
@@ -111,6 +122,7 @@ def split_imagenet() -> RunConfig:
         train=TrainConfig(
             batches=5000, batch_size=256, optimizer="sgd", learning_rate=0.1, schedule="cosine"
         ),
+        eval=EvalConfig(methods=_INFERRED),
     )
 
 
@@ -125,7 +137,7 @@ def split_images() -> RunConfig:
         model=ModelConfig(name="gem-resnet18", output_size=2),
         mask=MaskConfig(algorithm="edge-popup", keep_fraction=0.1, budget="erdos-renyi"),
         train=TrainConfig(batches=500, optimizer="adam", learning_rate=1e-3, schedule="cosine"),
-        eval=EvalConfig(at=(1, 2, 3, 4)),
+        eval=EvalConfig(methods=_INFERRED, at=(1, 2, 3, 4)),
     )
 
 
