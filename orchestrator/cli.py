@@ -209,6 +209,9 @@ def bank_verify(name: str, runs_dir: str) -> None:
     from supsup.bank import Damage
 
     opened = _open_bank(runs_dir, name)
+    if opened.manifest.config.learner != "supsup":
+        _verify_learned(opened, name, runs_dir)
+        return
     damaged = []
     with reporter() as report:
         report.start("tasks read", sum(len(tasks) for tasks, _ in opened.blocks()))
@@ -228,6 +231,19 @@ def bank_verify(name: str, runs_dir: str) -> None:
         click.echo(f"{learned} tasks, SHA-256 of their masks {opened.sha256(learned)}")
     else:
         click.echo("no tasks yet")
+
+
+def _verify_learned(opened: Any, name: str, runs_dir: str) -> None:
+    from orchestrator.session import shelf_of
+
+    problems = [problem for _, problem in shelf_of(opened).stock()]
+    damaged = [problem for problem in problems if problem]
+    for problem in damaged:
+        click.echo(f"damaged: {problem}")
+    if damaged:
+        click.echo(f"repair with: {_again('resume', name, runs_dir)}")
+        sys.exit(1)
+    click.echo(f"{len(problems)} tasks, all sound" if problems else "no tasks yet")
 
 
 @cli.command()

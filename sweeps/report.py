@@ -125,6 +125,9 @@ def _rows(found: Sequence[Arm]) -> list[list[str]]:
 
 def as_text(value: Estimate, factor: float = 1, digits: int = 2, signed: bool = False) -> str:
     """Return ``mean ± half-width``, the latter only where there is one."""
+    if math.isnan(value.mean):
+        # Such as tasks found where none is inferred.
+        return ""
     sign = "+" if signed else ""
     mean = f"{factor * value.mean:{sign}.{digits}f}"
     if math.isnan(value.half_width) or not value.half_width:

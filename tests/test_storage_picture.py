@@ -1,6 +1,7 @@
 import pytest
 
-from sweeps.compare import arms
+from sweeps.compare import arms, estimate
+from sweeps.report import as_text
 from sweeps.storage_picture import storage_picture
 from sweeps.study import Record
 
@@ -41,3 +42,8 @@ def test_arms_that_take_different_bytes_are_a_picture(sizes):
 @pytest.mark.parametrize("sizes", [(1e6, 1.1e6), (1e6,), (None, None)])
 def test_arms_that_take_as_much_are_none(sizes):
     assert storage_picture("s", found(*sizes)) == {}
+
+
+def test_what_was_not_measured_is_blank_in_a_table():
+    assert as_text(estimate([])) == ""
+    assert as_text(estimate([0.5]), 100) == "50.00"
