@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from orchestrator.drawing import as_png, limits
+from orchestrator.drawing import as_png
 from sweeps.compare import Arm, final
 
 #: How much more the largest arm must take than the smallest for bytes to tell them apart.
@@ -31,7 +31,9 @@ def storage_picture(name: str, found: Sequence[Arm]) -> Mapping[str, bytes]:
         spread = [[accuracy - values[:, 1].min()], [values[:, 1].max() - accuracy]]
         axes.errorbar(size / 1e6, 100 * accuracy, 100 * np.array(spread), fmt=marker, label=label)
     axes.set_xscale("log")
-    axes.set_ylim(*limits([100 * values[:, 1] for values in points.values()]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.margins(0.1, 0.1)
     axes.set_xlabel("MB stored after all tasks")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(name)
