@@ -27,6 +27,9 @@ from orchestrator.results import (
 from supsup.evaluate import COUNTS, Evaluation
 from supsup.files import write_atomically
 
+#: Columns of a terminal, and a margin.
+_WIDTH = 78
+
 
 def table(results: Results) -> Table:
     """Return the table of accuracies (in %) against tasks learned.
@@ -34,10 +37,13 @@ def table(results: Results) -> Table:
     A column per method, or a row where there are too many for a terminal.
     """
     scenario = SCENARIO_NAMES[results.scenario]
+    title, said = f"{results.name}: accuracy in % on {results.dataset}", notes(results)
     shown = Table(
-        title=f"{results.name}: accuracy in % on {results.dataset}",
-        caption="\n".join(notes(results)) or None,
+        title=title,
+        caption="\n".join(said) or None,
         caption_justify="left",
+        # As wide as what stands above and below, or it is broken into many lines.
+        min_width=min(_WIDTH, max(map(len, [title, *said]))),
     )
     shown.add_column("tasks\nlearned", justify="right")
     shown.add_column("GG", justify="right")

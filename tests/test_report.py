@@ -101,7 +101,7 @@ def test_the_measures_of_the_field_are_those_of_the_scenario(results):
 def test_the_table_says_what_tasks_take(results):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(replace(results, storage=STORAGE)))
-    text = " ".join(console.export_text().split())
+    text = console.export_text()
     assert "stored per task: 100 bytes (mask bits); shared: 8; 5 tasks: 0.00 MB" in text
     assert "GNu, % points: forgetting 0.00, backward transfer 0.00" in text
 
