@@ -307,6 +307,13 @@ def test_workers_that_die_and_die_stop_the_run():
         work(Script(), [do("die", tag=i) for i in range(20)])
 
 
+def test_deaths_between_results_stop_no_run():
+    jobs = [job for i in range(5) for job in (do("die", tag=f"die{i}"), do("ok", tag=i))]
+    source = work(Script(), jobs, size=1)
+    assert set(source.results) == set(range(5))
+    assert sum(failure.tries for failure in source.failures.values()) == 20
+
+
 def queued_at_each_result(size, *jobs):
     """The jobs that each worker has, sorted, whenever the source takes a result."""
     script, source, seen = Script(), Source(*jobs), []
