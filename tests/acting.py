@@ -145,14 +145,15 @@ class Script:
         if actor.up is None and not actor.dead:
             return
         what, seconds = (*job.args, 1.0)[:2]
+        end = max(self.now, actor.up or 0.0) + seconds
         if actor.dead:
             reference.at, reference.error = self.now, Died()
         elif what == "ok":
-            reference.at, reference.value = self.now + seconds, job.tag
+            reference.at, reference.value = end, job.tag
         elif what == "die":
             actor.dead = True
             for queued, _ in actor.queue:
-                queued.at, queued.error = self.now + seconds, Died()
+                queued.at, queued.error = end, Died()
         elif isinstance(what, Exception):
             error = what if isinstance(what, ray.exceptions.RayError) else Raised(what)
-            reference.at, reference.error = self.now + seconds, error
+            reference.at, reference.error = end, error

@@ -61,6 +61,21 @@ def test_a_hung_actor_is_replaced():
     assert 300 < sent[1] - sent[0] < 320
 
 
+def test_the_clock_of_a_call_starts_when_its_actor_is_up():
+    script, sent = Script(), []
+    crew = crew_of(script)
+    for _ in range(3):
+        list(crew.map([call(0, "ok", 20.0)]))
+    script.births = 250.0
+
+    def args():
+        sent.append(script.now)
+        return ("die",) if len(sent) == 1 else ("ok", 200.0)
+
+    assert list(crew.map([Call(0, "act", args)])) == [0]
+    assert crew.lives == [1, 0]
+
+
 def test_long_calls_among_short_ones_do_not_hang():
     """What another call waited for seems to have taken no time itself."""
     script = Script()
