@@ -232,6 +232,7 @@ def _picture(results: Results) -> bytes:
     name = "GG: task given (upper bound)"
     if len(learned) == 1:
         axes.axhline(gg[0], color="k", linestyle="--", linewidth=1.2, label=name)
+        axes.set_xlim(learned[0] - 1, learned[0] + 1)
     else:
         axes.plot(learned, gg, "k--", linewidth=1.2, label=name)
     scale = axis_scale(learned)

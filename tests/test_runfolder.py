@@ -93,13 +93,17 @@ def test_evaluations_are_kept_by_setting(tmp_path):
     folder = RunFolder(tmp_path, "a")
     folder.path.mkdir()
     settings = with_values(RunConfig(), {"eval.methods": "h-one-shot"}).eval
-    counts = np.arange(10).reshape(1, 2, 5)
-    tasks = (0, 2)
-    evaluation = Evaluation(learned=3, tasks=tasks, methods=("h-one-shot",), counts=counts)
+    counts, confusions = np.arange(12).reshape(1, 2, 6), np.array([[0, 1, 4]])
+    tasks, methods = (0, 2), ("h-one-shot",)
+    evaluation = Evaluation(
+        learned=3, tasks=tasks, methods=methods, counts=counts, confusions_X3=confusions
+    )
     folder.write_evaluation(settings, evaluation)
     found = folder.read_evaluation(settings, 3, tasks)
-    assert dataclasses.replace(found, counts=0) == dataclasses.replace(evaluation, counts=0)
+    arrays = {"counts": 0, "confusions_X3": 0}
+    assert dataclasses.replace(found, **arrays) == dataclasses.replace(evaluation, **arrays)
     np.testing.assert_array_equal(found.counts, counts)
+    np.testing.assert_array_equal(found.confusions_X3, confusions)
     elsewhere = dataclasses.replace(settings, at=(1, 2), memory_mb=64)
     assert folder.read_evaluation(elsewhere, 3, tasks) is not None
     assert folder.read_evaluation(dataclasses.replace(settings, images=7), 3, tasks) is None
@@ -114,6 +118,7 @@ def test_evaluations_are_kept_by_setting(tmp_path):
         b'{"counts": [[1]], "tasks": [0, 2]}',
         json.dumps({"counts": counts.tolist()}).encode(),
         json.dumps({"counts": "x", "tasks": [0, 2]}).encode(),
+        json.dumps({"counts": counts.tolist(), "tasks": [0, 2]}).encode(),
     ):
         file.write_bytes(rubbish)
         assert folder.read_evaluation(settings, 3, tasks) is None
