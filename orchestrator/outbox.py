@@ -57,6 +57,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._unsaved = b""
         self._size = self._whole_lines()
+        self._named: set[int] = set()
         self._known: dict[tuple[str, int], float] | None = None
 
     # --- address -------------------------------------------------------------------------------
@@ -143,14 +144,15 @@ class Outbox:
             for line in content.splitlines(keepends=True):
                 position += len(line)
                 record = _parsed(line)
-                if record is None:
+                if record is not None:
+                    found.append((record, position))
+                elif position not in self._named:
+                    self._named.add(position)
                     warnings.warn(
                         f"{self._records} is damaged: the line that ends at byte {position} can't "
                         "be read and is left out",
                         stacklevel=2,
                     )
-                else:
-                    found.append((record, position))
             return found
 
     def mark_delivered(self, position: int) -> None:

@@ -56,9 +56,12 @@ def sync(
         tracking_uri: where their MLflow runs are; None: where their last command put them.
 
     Raises:
-        UserError: if there is no such run or sweep.
+        UserError: if there is no such folder, run or sweep, or the URI is none.
         RunFailed: at the end, if records are left.
     """
+    if not runs_dir.is_dir():
+        raise UserError(f"there is no runs folder {runs_dir}; give --runs-dir")
+    store_for(tracking_uri, runs_dir)
     post = _Post(runs_dir, tracking_uri)
     left = 0
     for group in _groups(runs_dir, names):

@@ -78,6 +78,10 @@ def test_only_what_is_named_is_delivered(tmp_path, monkeypatch):
     for name, said in (("three", "there is no run or sweep three"), ("../x", "must be 1 to 64")):
         with pytest.raises(UserError, match=said):
             list(sync(tmp_path, [name]))
+    with pytest.raises(UserError, match="no runs folder"):
+        list(sync(tmp_path / "elsewhere", ()))
+    with pytest.raises(UserError, match="the tracking URI must be"):
+        list(sync(tmp_path, (), "ftp://x"))
 
 
 def test_a_server_that_is_away_is_asked_once_and_nothing_is_lost(tmp_path, monkeypatch):
