@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from supsup.config import MLPS, RunConfig
@@ -110,6 +110,15 @@ _OF_OPTIMIZER = {
     "train.epsilon": ("rmsprop", "adam"),
     "train.momentum": ("sgd",),
 }
+#: Fields that came after the first banks, and what those banks were trained with: left out of the
+#: fingerprint at that value, so that old banks go on.
+_BEFORE: Mapping[str, Any] = {
+    "learner": "supsup",
+    "mask.algorithm": "threshold",
+    "mask.transfer": "none",
+    "train.optimizer": "rmsprop",
+    "train.weight_decay": 0.0,
+}
 _OF_EDGE_POPUP = ("mask.keep_fraction", "mask.budget")
 _OF_TRUNK = ("batche", "heads")
 
@@ -135,5 +144,7 @@ def fingerprint(config: RunConfig, dataset_sha256: str) -> str:
     """
     if is_auto(config):
         raise ValueError("resolve the configuration before taking its fingerprint")
-    identity = training_fields(config) | {"dataset_sha256": dataset_sha256}
+    fields = training_fields(config)
+    identity = {name: value for name, value in fields.items() if _BEFORE.get(name) != value}
+    identity["dataset_sha256"] = dataset_sha256
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

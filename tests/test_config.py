@@ -122,7 +122,7 @@ def test_the_fingerprint_is_of_what_shapes_the_masks_alone():
     prints |= {fingerprint(base, DATA), fingerprint(base, "1" * 64)}
     assert len(prints) == len(other) + 2
     trains = {f"train.{field.name}" for field in dataclasses.fields(base.train)}
-    assert trains - {"train.momentum"} <= set(training_fields(base))
+    assert trains - {"train.momentum", "train.trunk_learning_rate"} <= set(training_fields(base))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,7 @@ def test_the_fingerprint_is_of_what_shapes_the_masks_alone():
         ({"train.optimizer": "sgd"}, {"train.momentum": 0.5}),
         ({"mask.algorithm": "edge-popup"}, {"mask.keep_fraction": 0.1}),
         ({"mask.algorithm": "edge-popup"}, {"mask.budget": "erdos-renyi"}),
+        ({"learner": "batche"}, {"train.trunk_learning_rate": 1e-4}),
         ({"family": "rotated"}, {"degrees": 45}),
         ({"family": "split"}, {"classes_per_task": 5}),
         ({"family": "split"}, {"class_order": "sorted"}),
