@@ -46,7 +46,7 @@ BAD = [
     ((*RUN, "--seed", "18446744073709551616"), "must be less than 18446744073709551616"),
     ((*RUN, "--train.learning_rate", "nan"), "must be a finite number"),
     ((*RUN, "--train.learning-rate", "inf"), "must be a finite number"),
-    (("run", "permuted-minst"), "recipe is 'permuted-minst', must be one of"),
+    (("run", "permuted-minst"), "did you mean permuted-mnist?"),
     (("run",), "Missing argument 'RECIPE'"),
     ((*RUN, "--taks", "3"), "No such option"),
     ((*RUN, "--objective", "x"), "'x' is not one of 'h', 'g'"),
