@@ -110,6 +110,11 @@ SPECS = st.fixed_dictionaries(
         "base": st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2) | SCALARS,
         "grid": st.dictionaries(st.sampled_from(FIELDS), st.lists(VALUES, max_size=3), max_size=2),
         "search": SEARCHES | SCALARS,
+        "variants": st.dictionaries(
+            st.sampled_from(["a", "b c", ""]),
+            st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2) | SCALARS,
+            max_size=2,
+        ),
         "taks": SCALARS,
     },
 )
@@ -187,7 +192,7 @@ def test_any_bytes_are_no_sweep(tmp_path, content):
 
 
 def test_the_keys_of_a_sweep_are_all_drawn():
-    drawn = {"name", "recipe", "protocol", "base", "seeds", "grid", "search"}
+    drawn = {"name", "recipe", "protocol", "base", "seeds", "grid", "search", "variants"}
     assert drawn == {key for key in _CHOICES if "." not in key}
 
 

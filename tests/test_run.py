@@ -72,7 +72,11 @@ def test_the_run_is_in_mlflow_for_someone_who_was_told_nothing(whole):
     assert run.data.metrics["gnu/task_accuracy/h-one-shot"] > 0.5
     assert run.data.metrics["bank/bytes"] > 14 * 4000
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"accuracy.png", "accuracy.csv", "per_task.csv"}
+    assert artifacts == {
+        f"{name}.{kind}"
+        for name in ("accuracy", "accuracy_matrix", "task_confusion")
+        for kind in ("png", "csv")
+    } | {"per_task.csv"}
 
 
 def test_everything_written_is_the_users_alone(whole):
