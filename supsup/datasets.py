@@ -45,6 +45,12 @@ class Dataset:
     shape: tuple[int, int, int]
     """Channels, rows and columns of an image."""
 
+    def __post_init__(self) -> None:
+        """Check that images are as large as their shape says: kernels rely on it."""
+        for images in (self.train_images, self.test_images):
+            if images.shape[1:] != (self.pixels,):
+                raise ValueError(f"images are {images.shape}, not N x {self.pixels}")
+
     @property
     def pixels(self) -> int:
         """Pixels per image, all channels counted."""

@@ -20,7 +20,7 @@ def background(digits) -> Dataset:
     faint = [np.where(x < 9, 0, x)[:, :63] for x in (digits.train_images, digits.test_images)]
     for images in faint:
         images[:, 20] = 7
-    return dataclasses.replace(digits, train_images=faint[0], test_images=faint[1])
+    return dataclasses.replace(digits, train_images=faint[0], test_images=faint[1], shape=(1, 7, 9))
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -66,7 +66,9 @@ def test_an_image_of_nothing_but_white_overflows_nothing(sparse, digits):
     white = [
         np.full((len(x), 320), 255, np.uint8) for x in (digits.train_images, digits.test_images)
     ]
-    data = dataclasses.replace(digits, train_images=white[0], test_images=white[1])
+    data = dataclasses.replace(
+        digits, train_images=white[0], test_images=white[1], shape=(1, 16, 20)
+    )
     material = Material(sparse, data)
     engine = SparseEngine(material)
     weights, scores = (part[0][0].abs() for part in material.initial_state(range(1)))
