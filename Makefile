@@ -9,8 +9,8 @@ READY := .venv/.ready
 demo: $(READY)  ## the main job on embedded data: 100 tasks of permuted digits
 	$(BIN)/supsup run permuted-digits
 
-test: $(READY)  ## the default tests
-	$(BIN)/pytest
+test: $(READY)  ## the default tests, a file at a time on two processes
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-all: $(READY)  ## all tests, also those that take minutes
 	$(BIN)/pytest -m "not gpu or gpu" --timeout 1200

@@ -42,11 +42,14 @@ def sweep() -> None:
 
     \b
     SPEC is a TOML file (docs/sweeps.md) or a preset:
-      fig3-lenet, fig3-fc     H and G on 250 tasks, the paper's Figure 3
-      fig4                    2500 tasks, Figure 4
-      fig6-lenet, fig6-fc     output size by objective, Figure 6
+      fig2                      accuracy against bytes stored, the paper's Figure 2
+      fig3-lenet, fig3-fc       H, G and baselines on 250 tasks, Figure 3
+      fig4                      2500 tasks, Figure 4
+      fig5-rotated, fig5-batche rotated tasks; BatchE with one-shot, Figure 5
+      fig6-lenet, fig6-fc       output size by objective, Figure 6
+      open-set                  stream, threshold, epsilon, ends looked at
       objective-algorithm, images-per-decision, learning-rate-schedule,
-      shortlist-length, width
+      shortlist-length, width, keep-fraction
     """  # noqa: D301
 
 
