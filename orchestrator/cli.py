@@ -23,7 +23,8 @@ from supsup.recipes import quick as quick_values
 
 if TYPE_CHECKING:
     from orchestrator.runfolder import Launch
-    from orchestrator.session import Outcome, Where
+    from orchestrator.session import Where
+    from orchestrator.work import Outcome
 
 _INTERRUPTED, _TERMINATED = 130, 143
 #: What a full or broken disk says, and what to say then.
@@ -234,7 +235,7 @@ def bank_verify(name: str, runs_dir: str) -> None:
 
 
 def _verify_learned(opened: Any, name: str, runs_dir: str) -> None:
-    from orchestrator.session import shelf_of
+    from orchestrator.work import shelf_of
 
     problems = [problem for _, problem in shelf_of(opened).stock()]
     damaged = [problem for problem in problems if problem]

@@ -14,7 +14,7 @@ from supsup.config import DATASETS
 from supsup.errors import plain
 
 if TYPE_CHECKING:
-    from sweeps.session import Options, Outcome
+    from sweeps.work import Options, Outcome
 
 __all__ = ["cli", "main"]
 
@@ -170,7 +170,7 @@ def _saying_how_to_go_on(name: str) -> Iterator[None]:
 
 
 def _given(given: dict[str, Any]) -> "Options":
-    from sweeps.session import Options
+    from sweeps.work import Options
 
     data_dir = given.pop("data_dir")
     return Options(

@@ -111,8 +111,9 @@ def test_the_lock_has_a_hash_for_every_package_and_names_no_registry():
 
 
 def test_a_sweep_keeps_no_password(tmp_path):
-    from sweeps.session import Options, _write_request
+    from sweeps.session import _write_request
     from sweeps.spec import spec_of
+    from sweeps.work import Options
 
     spec = spec_of({"name": "x", "recipe": "permuted-digits", "grid": {"tasks": [1, 2]}})
     options = Options(runs_dir=tmp_path, storage=f"postgresql://me:{SECRET}@host/db")

@@ -23,9 +23,9 @@ from sweeps.driver import Opened, Ready, SweepJobs, measured, outcome
 from sweeps.plan import recorded_rates
 from sweeps.progress import SweepProgress
 from sweeps.report import write
-from sweeps.session import Options
 from sweeps.spec import spec_of
 from sweeps.study import SweepStudy, latest, open_storage
+from sweeps.work import Options
 from sweeps.worker import SweepWorker, setup_for
 
 
