@@ -21,10 +21,10 @@ def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_png(figure: Any) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
+def as_png(figure: Any, whole: bool = False) -> bytes:
+    """Return a figure as the bytes of a PNG file; ``whole``: also what lies outside of it."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+    figure.savefig(stream, format="png", dpi=150, bbox_inches="tight" if whole else None)
     return stream.getvalue()
 
 

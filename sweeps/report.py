@@ -321,7 +321,7 @@ def _search_pictures(spec: SweepSpec, study: optuna.Study) -> Mapping[str, bytes
                 continue
             figure = pyplot.gcf()
             figure.set_size_inches(9, 5.5)
-            pictures[name] = as_png(figure)
+            pictures[name] = as_png(figure, whole=True)
             pyplot.close(figure)
     return pictures
 
