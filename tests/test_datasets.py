@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import pickle
 import struct
@@ -261,3 +262,9 @@ def test_no_folder(tmp_path):
 def test_the_data_folder_can_be_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SUPSUP_DATA", str(tmp_path))
     assert default_data_dir() == tmp_path
+
+
+def test_images_must_have_the_shape_that_is_said(digits):
+    for part in ("train_images", "test_images"):
+        with pytest.raises(ValueError, match="not N x 64"):
+            dataclasses.replace(digits, **{part: getattr(digits, part)[:, :63]})
