@@ -30,7 +30,10 @@ def learn(config: RunConfig, data: Dataset) -> Tally:
     layers = layers_of(config, data)
     weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
     states: dict[int, MaskState | None] = {}
-    members, trainer = LocalMembers(layers, weights), LocalTrainer(config, data)
+    members, trainer = (
+        LocalMembers(layers, weights, config.openset.depth),
+        LocalTrainer(config, data),
+    )
     learner = OpenSetLearner(config, data, members, trainer, states.get)
     stream, tally = Stream(config, data), Tally()
     for segment in stream:

@@ -180,7 +180,7 @@ class TaskWorker:
     def _plain_learner(self, recall: Recall, first_mask: int = 0) -> OpenSetLearner:
         config, layers = self._setup.config, layers_of(self._setup.config, self._data)
         weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-        members = LocalMembers(layers, weights)
+        members = LocalMembers(layers, weights, config.openset.depth)
         return OpenSetLearner(config, self._data, members, self._mask_trainer, recall, first_mask)
 
     @cached_property
@@ -210,9 +210,8 @@ class TaskWorker:
         self._check_weights()
         config = self._setup.config
         layers = layers_of(config, self._data)
-        return LocalMembers(
-            layers, [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-        )
+        weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
+        return LocalMembers(layers, weights, config.openset.depth)
 
     @cached_property
     def _evaluator(self) -> Evaluator:

@@ -7,16 +7,17 @@ Shapes: W weights of all layers, end to end; B images of a batch.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from supsup.config import RunConfig
-from supsup.datasets import Dataset
+from supsup.datasets import Dataset, Images, Labels
 from supsup.errors import NonFiniteLoss
 from supsup.masking import initial_scores, pack
 from supsup.material import Material, as_tensor
@@ -24,6 +25,8 @@ from supsup.members import Packed, Scores
 from supsup.models import Layer
 from supsup.streams import Segment
 from supsup.train import RESUMABLE_ENGINES
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,7 @@ class LocalTrainer:
             self._weights, *map(self._by_layer, (state.scores_W, state.square_avg_W))
         )
         done = state.batches
-        for images_BP, labels_B in itertools.islice(segment.batches(), left):
-            batch = self._engine.batch(as_tensor(images_BP), as_tensor(labels_B))
+        for batch in _one_ahead(self._prepared, itertools.islice(segment.batches(), left)):
             group.learn(batch, done)
             done += 1
         scores_W, square_avg_W = (
@@ -84,6 +86,10 @@ class LocalTrainer:
             )
         return MaskState(scores_W=scores_W, square_avg_W=square_avg_W, batches=done)
 
+    def _prepared(self, batch: tuple[Images, Labels]) -> Any:
+        images_BP, labels_B = batch
+        return self._engine.batch(as_tensor(images_BP), as_tensor(labels_B))
+
     def _by_layer(self, flat_W: Scores) -> list[Tensor]:
         layers = self._material.layers
         parts = torch.split(as_tensor(flat_W), [layer.weights for layer in layers])
@@ -91,6 +97,18 @@ class LocalTrainer:
             part.view(1, layer.outputs, layer.inputs)
             for part, layer in zip(parts, layers, strict=True)
         ]
+
+
+def _one_ahead(prepare: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
+    """Yield what is made of some items, each made while the one before is worked with."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[Any] | None = None
+        for item in items:
+            ready, coming = coming, pool.submit(prepare, item)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def initial_state(config: RunConfig, layers: Sequence[Layer], mask: int) -> MaskState:

@@ -190,6 +190,15 @@ class EvalConfig:
             le=MAX_TASKS,
         ),
     ] = 0
+    depth: Annotated[
+        int,
+        _setting(
+            "layers, from the first on, whose masks' gradient infers the task; 0: all, as in the "
+            "paper",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0
     shortlist: Annotated[
         int,
         _setting(
@@ -277,6 +286,14 @@ class OpenSetConfig:
             "alike, or nothing is trained until the next decision"
         ),
     ] = "first"
+    depth: Annotated[
+        int,
+        _setting(
+            "layers, from the first on, whose masks' gradient decides; 0: all, as in the paper",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0
     boundaries: Annotated[
         Literal["hidden", "told"],
         _setting(

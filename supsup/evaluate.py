@@ -172,7 +172,7 @@ class Evaluator:
         self._layers = layers_of(config, data)
         self._family = task_family(config, data)
         self._weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self._layers)]
-        self._engines: dict[tuple[int, int], TaskInference] = {}
+        self._engines: dict[tuple[int, int, int], TaskInference] = {}
 
     def evaluate(
         self,
@@ -197,8 +197,7 @@ class Evaluator:
         """
         if owners_T is None:
             owners_T = np.arange(learned)
-        memory_bytes = evaluation.memory_mb << 20
-        engine = self._engine(masks_TB, statistics_TS, len(owners_T), memory_bytes)
+        engine = self._engine(evaluation, masks_TB, statistics_TS, len(owners_T))
         counts_TM6 = np.zeros((len(tasks), len(evaluation.methods), len(COUNTS)), dtype=np.int64)
         pairs: list[npt.NDArray[np.int64]] = []
         for queries in self._queries(evaluation, tasks):
@@ -229,13 +228,14 @@ class Evaluator:
 
     def _engine(
         self,
+        evaluation: EvalConfig,
         masks_TB: npt.NDArray[np.uint8],
         statistics_TS: npt.NDArray[np.float32] | None,
         learned: int,
-        memory_bytes: int,
     ) -> TaskInference:
         # An open-set learner's masks change while their number stays.
-        key = learned, zlib.crc32(np.ascontiguousarray(masks_TB[:learned]).data)
+        crc32 = zlib.crc32(np.ascontiguousarray(masks_TB[:learned]).data)
+        key = learned, crc32, evaluation.depth
         if key not in self._engines:
             bytes_needed = mask_bytes(self._layers)
             if masks_TB.shape[1] != bytes_needed or len(masks_TB) < learned:
@@ -249,8 +249,9 @@ class Evaluator:
                     self._weights,
                     self._layers,
                     self._family.classes,
-                    memory_bytes,
+                    evaluation.memory_mb << 20,
                     None if statistics_TS is None else statistics_TS[:learned],
+                    evaluation.depth,
                 )
             }
         return self._engines[key]

@@ -118,6 +118,7 @@ _BEFORE: Mapping[str, Any] = {
     "mask.transfer": "none",
     "train.optimizer": "rmsprop",
     "train.weight_decay": 0.0,
+    "openset.depth": 0,
 }
 _OF_EDGE_POPUP = ("mask.keep_fraction", "mask.budget")
 _OF_TRUNK = ("batche", "heads")

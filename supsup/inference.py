@@ -89,6 +89,7 @@ class TaskInference:
         layers: Sequence[Layer],
         classes: int,
         memory_bytes: int = MEMORY_BYTES,
+        depth: int = 0,
     ) -> None:
         """Add up the superposition of the masks.
 
@@ -98,8 +99,10 @@ class TaskInference:
             layers: the layers of the network.
             classes: the real classes, the first of the output neurons.
             memory_bytes: what inference may take above the packed masks.
+            depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
         """
         self.masks = packed_masks(packed_TB, weights, layers, memory_bytes)
+        self.asked = self.masks.first_layers(depth)
         self.classes = classes
         k = len(packed_TB)
         self._superposed = self._superposition(torch.arange(k), self._uniform(k))
@@ -107,12 +110,12 @@ class TaskInference:
     def factors(self, images_QNP: Tensor, objective: str) -> Iterator[Tensor]:
         """Yield tiles of ``δ xᵀ ⊙ W`` [Q, W], the objective's mean over N images, at ``α = 1/k``.
 
-        The gradient with respect to ``α_i`` is their sum over the bits of mask i. A tile is good
-        until the next one.
+        The gradient with respect to ``α_i`` is their sum over the bits of mask i, those of the
+        layers that are ``asked``. A tile is good until the next one.
         """
-        bytes_each = self.masks.vectors(1).nbytes
-        tile = max(1, self.masks.memory_bytes // 4 // bytes_each)
-        room_QW = self.masks.vectors(min(tile, len(images_QNP)))
+        bytes_each = self.asked.vectors(1).nbytes
+        tile = max(1, self.asked.memory_bytes // 4 // bytes_each)
+        room_QW = self.asked.vectors(min(tile, len(images_QNP)))
         for part_QNP in torch.split(images_QNP, tile):
             part_QW = room_QW[: len(part_QNP)]
             self._fill(part_QW, self._superposed, part_QNP, objective)
@@ -120,7 +123,7 @@ class TaskInference:
 
     def alpha_gradients(self, images_QNP: Tensor, objective: str) -> Tensor:
         """Return ``∂objective/∂α`` at ``α = 1/k`` [Q, T], the objective's mean over N images."""
-        return torch.cat([self.masks.sums(tile) for tile in self.factors(images_QNP, objective)])
+        return torch.cat([self.asked.sums(tile) for tile in self.factors(images_QNP, objective)])
 
     def gradient_at(
         self, images_NP: Tensor, objective: str, tasks_K: Tensor, alpha_K: Tensor | None = None
@@ -128,11 +131,11 @@ class TaskInference:
         """Return ``∂objective/∂α`` [K] of some masks, at α or ``1/K``, the others' α being zero."""
         if alpha_K is None:
             alpha_K = self._uniform(len(tasks_K))
-        factor_1W = self.masks.vectors(1)
+        factor_1W = self.asked.vectors(1)
         self._fill(factor_1W, self._superposition(tasks_K, alpha_K), images_NP[None], objective)
         if len(tasks_K) == len(self.masks):
-            return self.masks.sums(factor_1W)[0, tasks_K]
-        return self.masks.sums_of(factor_1W[0], tasks_K)
+            return self.asked.sums(factor_1W)[0, tasks_K]
+        return self.asked.sums_of(factor_1W[0], tasks_K)
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one mask's network for images [..., P]."""
@@ -157,7 +160,7 @@ class TaskInference:
     def _fill(
         self, room_QW: Tensor, superposition: Sequence[Tensor], images_QNP: Tensor, objective: str
     ) -> None:
-        fill_factors(self.masks, room_QW, superposition, images_QNP, objective, self.classes)
+        fill_factors(self.asked, room_QW, superposition, images_QNP, objective, self.classes)
 
 
 def superposed(masks: PackedMasks, alpha_masks_1W: Tensor) -> list[Tensor]:
@@ -177,6 +180,14 @@ def fill_factors(
     """Write ``δ xᵀ ⊙ W`` of a superposition into room for it, the objective's mean over N images.
 
     The gradient of the objective with respect to ``α_i`` is its sum over the bits of mask i.
+
+    Args:
+        masks: the masks, asked about all layers or the first of them.
+        room_QW: where to write; see ``PackedMasks.vectors``.
+        superposition: ``W ⊙ Σ α_i M_i`` [O, I] of all layers.
+        images_QNP: N images per query.
+        objective: "h" or "g".
+        classes: the real classes, the first of the output neurons.
     """
     inputs = [images_QNP]
     for i, weight_OI in enumerate(superposition):
@@ -186,11 +197,12 @@ def fill_factors(
     delta = OBJECTIVES[objective](inputs.pop(), classes) / images_QNP.shape[1]
     room = masks.by_layer(room_QW)
     for i in reversed(range(len(superposition))):
-        if images_QNP.shape[1] == 1:
-            torch.mul(delta.transpose(1, 2), inputs[i], out=room[i])
-        else:
-            room[i].copy_(torch.bmm(delta.transpose(1, 2), inputs[i]))
-        room[i].mul_(masks.weights[i])
+        if i < len(room):
+            if images_QNP.shape[1] == 1:
+                torch.mul(delta.transpose(1, 2), inputs[i], out=room[i])
+            else:
+                room[i].copy_(torch.bmm(delta.transpose(1, 2), inputs[i]))
+            room[i].mul_(masks.weights[i])
         if i:
             delta = (delta @ superposition[i]) * (inputs[i] > 0)
 
@@ -256,7 +268,7 @@ def sketch(queries: Queries, objective: str) -> Tensor:
     the second at the masks that lead then, and ranks them [Q, R]. Work below linear in the number
     of weights: the part ``sketch`` of them, and ``shortlist / k``.
     """
-    masks = queries.engine.masks
+    masks = queries.engine.asked
     size = min(queries.shortlist, len(masks))
     found = []
     for factors_QW in queries.engine.factors(queries.images_QNP, objective):

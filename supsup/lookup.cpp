@@ -5,6 +5,8 @@
 // masks, the sum of a query's numbers over the bits that are set. Four bits at a time are looked
 // up: a table of 16 partial sums fits one register, and one permutation reads it for 16 masks.
 //
+// Masks lie `stride` bytes apart, and may be longer than the B bytes that are asked about.
+//
 // Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, D = ceil(B / 4) words of a mask, C
 // chunks of 32 words, G groups of 64 masks.
 
@@ -66,15 +68,16 @@ extern "C" {
 
 // Words of masks [T, B] in the order in which `lookup_sums` reads them: [C, G, 32, 64], and one
 // more, since it reads from every byte on.
-void interleave(const uint8_t* packed_TB, int64_t masks, int64_t bytes, uint32_t* words) {
-  const int64_t groups = (masks + kGroup - 1) / kGroup, stride = groups * kWords * kGroup;
+void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
+                uint32_t* words) {
+  const int64_t groups = (masks + kGroup - 1) / kGroup, step = groups * kWords * kGroup;
   const int64_t chunks = (bytes + 4 * kWords - 1) / (4 * kWords);
-  std::fill(words, words + chunks * stride + 1, 0);
+  std::fill(words, words + chunks * step + 1, 0);
   for (int64_t t = 0; t < masks; t++) {
-    const uint8_t* mask = packed_TB + t * bytes;
+    const uint8_t* mask = packed_TB + t * stride;
     uint32_t* column = words + t / kGroup * kWords * kGroup + t % kGroup;
     for (int64_t d = 0; 4 * d < bytes; d++)
-      std::memcpy(column + d / kWords * stride + d % kWords * kGroup, mask + 4 * d,
+      std::memcpy(column + d / kWords * step + d % kWords * kGroup, mask + 4 * d,
                   std::min<int64_t>(4, bytes - 4 * d));
   }
 }
@@ -126,12 +129,12 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
 }
 
 // total [W] += the masks of some tasks, each times its weight.
-void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, const float* weights,
-               int64_t count, float* total_W) {
+void add_masks(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
+               const float* weights, int64_t count, float* total_W) {
   constexpr int64_t kBlock = 2048;  // bytes: their total stays in the cache from mask to mask
   for (int64_t start = 0; start < bytes; start += kBlock)
     for (int64_t n = 0; n < count; n++) {
-      const uint8_t* mask = packed_TB + tasks[n] * bytes;
+      const uint8_t* mask = packed_TB + tasks[n] * stride;
       const __m512 weight = _mm512_set1_ps(weights[n]);
       for (int64_t bit = 8 * start; bit < 8 * std::min(start + kBlock, bytes); bit += kLanes) {
         const __mmask16 lanes = lanes_left(8 * bytes - bit);
@@ -143,10 +146,10 @@ void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, co
 }
 
 // sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
-void sums_of(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, int64_t count,
-             const float* values_W, float* sums) {
+void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
+             int64_t count, const float* values_W, float* sums) {
   for (int64_t n = 0; n < count; n++) {
-    const uint8_t* mask = packed_TB + tasks[n] * bytes;
+    const uint8_t* mask = packed_TB + tasks[n] * stride;
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t bit = 0; bit < 8 * bytes; bit += 2 * kLanes)
       for (int i = 0; i < 2; i++) {

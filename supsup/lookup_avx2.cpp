@@ -8,6 +8,8 @@
 // mask. Few queries: masks side by side, two bits at a time. Both add the same numbers in the same
 // order, so which one is taken changes no bit of the sums.
 //
+// Masks lie `stride` bytes apart, and may be longer than the B bytes that are asked about.
+//
 // Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, D = ceil(B / 4) words of a mask, C
 // chunks of 32 words, G groups of 64 masks.
 
@@ -285,7 +287,8 @@ extern "C" {
 
 // Words of masks [T, B] in the order in which `lookup_sums` reads them: [C, G, 32, 64], and one
 // more, since it reads from every byte on.
-void interleave(const uint8_t* packed_TB, int64_t masks, int64_t bytes, uint32_t* words) {
+void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
+                uint32_t* words) {
   const int64_t groups = (masks + kGroup - 1) / kGroup;
   const int64_t chunks = (bytes + 4 * kWords - 1) / (4 * kWords);
   std::fill(words, words + chunks * groups * kWords * kGroup + 1, 0);
@@ -293,7 +296,7 @@ void interleave(const uint8_t* packed_TB, int64_t masks, int64_t bytes, uint32_t
     for (int64_t d = 0; 4 * d < bytes; d++) {
       uint32_t* row = words + (d / kWords * groups + g) * kWords * kGroup + d % kWords * kGroup;
       for (int64_t t = g * kGroup; t < std::min(masks, (g + 1) * kGroup); t++)
-        row[t % kGroup] = word_of(packed_TB + t * bytes, bytes, d);
+        row[t % kGroup] = word_of(packed_TB + t * stride, bytes, d);
     }
 }
 
@@ -332,8 +335,8 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
 }
 
 // total [W] += the masks of some tasks, each times its weight.
-void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, const float* weights,
-               int64_t count, float* total_W) {
+void add_masks(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
+               const float* weights, int64_t count, float* total_W) {
   constexpr int64_t kStep = 512;  // words: their total stays in the cache from mask to mask
   constexpr int kMasks = 4;
   const int64_t words = (bytes + 3) / 4;
@@ -345,7 +348,7 @@ void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, co
         for (int i = 0; i < 4; i++)
           total[i] = _mm256_loadu_ps(total_W + d * kWordBits + i * kLanes);
         for (int m = 0; m < masks; m++) {
-          const uint8_t* mask = packed_TB + tasks[n + m] * bytes;
+          const uint8_t* mask = packed_TB + tasks[n + m] * stride;
           const __m256i word = _mm256_set1_epi32(static_cast<int>(word_of(mask, bytes, d)));
           const __m256 weight = _mm256_set1_ps(weights[n + m]);
           for (int i = 0; i < 4; i++)
@@ -358,14 +361,14 @@ void add_masks(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, co
 }
 
 // sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
-void sums_of(const uint8_t* packed_TB, int64_t bytes, const int64_t* tasks, int64_t count,
-             const float* values_W, float* sums) {
+void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
+             int64_t count, const float* values_W, float* sums) {
   constexpr int64_t kStep = 128;  // words: their values stay in the cache from mask to mask
   const int64_t words = (bytes + 3) / 4;
   std::fill(sums, sums + count, 0.0f);
   for (int64_t start = 0; start < words; start += kStep)
     for (int64_t n = 0; n < count; n++) {
-      const uint8_t* mask = packed_TB + tasks[n] * bytes;
+      const uint8_t* mask = packed_TB + tasks[n] * stride;
       __m256 sum[kWordBits / kLanes];
       for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
       for (int64_t d = start; d < std::min(start + kStep, words); d++) {

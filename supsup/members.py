@@ -15,7 +15,7 @@ from torch import Tensor
 from supsup.inference import fill_factors, superposed
 from supsup.masking import mask_bytes
 from supsup.models import Layer
-from supsup.packed import packed_masks
+from supsup.packed import PackedMasks, packed_masks
 
 #: Masks whose gradients are computed together; shards of a bank consist of whole pages.
 PAGE = 64
@@ -37,9 +37,9 @@ class Members(Protocol):
 class LocalMembers:
     """Masks in this process, in pages of ``PAGE``: a bank's, or a shard of one."""
 
-    def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor]) -> None:
-        """Begin empty."""
-        self._layers, self._weights = layers, weights
+    def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor], depth: int = 0) -> None:
+        """Begin empty; see ``TaskInference``."""
+        self._layers, self._weights, self._depth = layers, weights, depth
         self._pages: list[Packed] = []
         self._count = 0
         self._page_of_tasks = torch.arange(PAGE)
@@ -58,27 +58,29 @@ class LocalMembers:
         Args:
             factor_W: numbers per weight, padded as ``packed_masks`` wants them.
         """
-        sums = [
-            packed_masks(torch.from_numpy(page), self._weights, self._layers).sums_of(
-                factor_W, self._page_of_tasks
-            )
-            for page in self._pages
-        ]
+        sums = [self._asked(page).sums_of(factor_W, self._page_of_tasks) for page in self._pages]
         scores_K: Scores = -torch.cat(sums)[: self._count].numpy()
         return scores_K
+
+    def _asked(self, page: Packed) -> PackedMasks:
+        masks = packed_masks(torch.from_numpy(page), self._weights, self._layers)
+        return masks.first_layers(self._depth)
 
 
 class Superposition:
     """The sum of the masks that take part, kept up to date mask by mask; exact, for it counts."""
 
-    def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor], classes: int) -> None:
-        """Begin empty."""
+    def __init__(
+        self, layers: Sequence[Layer], weights: Sequence[Tensor], classes: int, depth: int = 0
+    ) -> None:
+        """Begin empty; see ``TaskInference``."""
         # Any packed mask tells how vectors of numbers per weight are laid out.
         none = torch.zeros(1, mask_bytes(layers), dtype=torch.uint8)
         self._masks = packed_masks(none, weights, layers)
+        self._asked = self._masks.first_layers(depth)
         self._classes = classes
         self._counts_1W = self._masks.vectors(1)
-        self._factor_1W = self._masks.vectors(1)
+        self._factor_1W = self._asked.vectors(1)
         self._bits = self._masks.bits
 
     def add(self, packed_B: Packed, times: int = 1) -> None:
@@ -93,5 +95,5 @@ class Superposition:
         next call.
         """
         weights = superposed(self._masks, self._counts_1W / masks)
-        fill_factors(self._masks, self._factor_1W, weights, images_BP[None], "h", self._classes)
+        fill_factors(self._asked, self._factor_1W, weights, images_BP[None], "h", self._classes)
         return self._factor_1W[0]

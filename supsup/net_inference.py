@@ -38,6 +38,7 @@ class NetInference(TaskInference):
         layers: Sequence[Layer],
         classes: int,
         memory_bytes: int = MEMORY_BYTES,
+        depth: int = 0,
         *,
         net: Net,
         statistics_TS: Tensor,
@@ -50,11 +51,12 @@ class NetInference(TaskInference):
             layers: the layers of the network.
             classes: the real classes, the first of the output neurons.
             memory_bytes: what inference may take above the packed masks.
+            depth: layers, from the first on, whose α the gradient is taken of; 0: all.
             net: the network.
             statistics_TS: the tasks' statistics of batch norm, of no width without batch norm.
         """
         self._net, self._statistics_TS = net, statistics_TS.to(weights[0].dtype)
-        super().__init__(packed_TB, weights, layers, classes, memory_bytes)
+        super().__init__(packed_TB, weights, layers, classes, memory_bytes, depth)
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one mask's network for images [..., P]."""
@@ -77,15 +79,16 @@ class NetInference(TaskInference):
     ) -> None:
         *superposed, statistics_S = superposition
         statistics = self._net.by_norm(statistics_S)
-        weights = [weight_OI.detach().requires_grad_() for weight_OI in superposed]
-        room = self.masks.by_layer(room_QW)
+        room = self.asked.by_layer(room_QW)
+        asked = [weight_OI.detach().requires_grad_() for weight_OI in superposed[: len(room)]]
+        weights = [*asked, *superposed[len(room) :]]
         # Query by query: vmap over them takes longer on a CPU (docs/nets.md).
         for row, images_NP in enumerate(images_QNP):
             logits_NS = self._net.logits(weights, statistics, images_NP, training=False)
             delta_NS = OBJECTIVES[objective](logits_NS.detach(), self.classes) / len(images_NP)
-            gradients = torch.autograd.grad(logits_NS, weights, delta_NS)
+            gradients = torch.autograd.grad(logits_NS, asked, delta_NS)
             for i, gradient_OI in enumerate(gradients):
-                torch.mul(gradient_OI, self.masks.weights[i], out=room[i][row])
+                torch.mul(gradient_OI, self.asked.weights[i], out=room[i][row])
 
 
 def make_inference(
@@ -97,6 +100,7 @@ def make_inference(
     classes: int,
     memory_bytes: int = MEMORY_BYTES,
     statistics_TS: npt.NDArray[np.float32] | None = None,
+    depth: int = 0,
 ) -> TaskInference:
     """Return what infers tasks for the run's network.
 
@@ -109,9 +113,10 @@ def make_inference(
         classes: the real classes of a task, the first of the output neurons.
         memory_bytes: what inference may take above the packed masks.
         statistics_TS: the tasks' statistics of batch norm; None without batch norm.
+        depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
     """
     if config.model.name in MLPS:
-        return TaskInference(packed_TB, weights, layers, classes, memory_bytes)
+        return TaskInference(packed_TB, weights, layers, classes, memory_bytes, depth)
     net = net_of(config, data)
     if statistics_TS is None:
         statistics_TS = np.empty((len(packed_TB), net.statistics), np.float32)
@@ -125,6 +130,7 @@ def make_inference(
         layers,
         classes,
         memory_bytes,
+        depth,
         net=net,
         statistics_TS=as_tensor(statistics_TS),
     )

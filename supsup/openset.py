@@ -199,7 +199,8 @@ class OpenSetLearner:
         self._members, self._trainer, self._states = members, trainer, states
         self._first_mask = first_mask
         weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self._layers)]
-        self._superposition = Superposition(self._layers, weights, data.classes)
+        depth = config.openset.depth
+        self._superposition = Superposition(self._layers, weights, data.classes, depth)
         self._threshold = Threshold(config.openset)
         self._packed: list[Packed] = []
         self.allocated = 0

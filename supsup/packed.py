@@ -13,12 +13,13 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from supsup import native
-from supsup.masking import layer_slices, unpack_bits
+from supsup.masking import layer_slices, mask_bytes, unpack_bits
 from supsup.models import Layer
 
 #: Bytes above the packed bank that a bank's answers may take, unless told otherwise.
@@ -50,13 +51,20 @@ class PackedMasks:
         Args:
             packed_TB: the masks, uint8; may be a view of a larger bank.
             weights: the fixed weights [O, I] per layer; their type is the precision.
-            layers: the layers of the network.
+            layers: the layers that are asked about: those of the network, or its first ones.
             memory_bytes: what answers may take above the packed masks.
         """
         self.packed_TB, self.weights, self.layers = packed_TB, list(weights), tuple(layers)
         self.dtype = weights[0].dtype
         self.memory_bytes = memory_bytes
-        self.bits = 8 * packed_TB.shape[1]
+        self.bits = 8 * mask_bytes(self.layers)
+
+    def first_layers(self, depth: int) -> Self:
+        """Return the same masks, asked about their first layers alone; 0: about all of them."""
+        if not 0 < depth < len(self.layers):
+            return self
+        weights, layers = self.weights[:depth], self.layers[:depth]
+        return type(self)(self.packed_TB, weights, layers, self.memory_bytes)
 
     def __len__(self) -> int:
         """Return the number of masks."""
@@ -124,7 +132,7 @@ class PackedMasks:
         return max(1, self.memory_bytes // (4 * self.bits * self.dtype.itemsize))
 
     def _unpacked(self, packed_TB: Tensor) -> Tensor:
-        return unpack_bits(packed_TB, self.dtype)
+        return unpack_bits(packed_TB[:, : self.bits // 8], self.dtype)
 
 
 class LookupMasks(PackedMasks):
@@ -146,7 +154,6 @@ class LookupMasks(PackedMasks):
         if kernels is None:
             raise RuntimeError("this machine can't have the lookup kernels")
         self._kernels = kernels
-        self._mask_bytes = ctypes.c_int64(self.packed_TB.shape[1])
         # Half of the memory for the masks in the kernel's order, the rest for vectors.
         per_mask = 128 * self._chunks
         self._at_once = max(_GROUP, memory_bytes // 2 // per_mask // _GROUP * _GROUP)
@@ -222,7 +229,7 @@ class LookupMasks(PackedMasks):
             inputs = hidden.relu() if i else hidden
             hidden = hidden.new_empty(len(images_NP), layer.outputs)
             self._kernels.masked_layer(
-                mask, self._mask_bytes, ctypes.c_int64(part.start),
+                mask, ctypes.c_int64(self.bits // 8), ctypes.c_int64(part.start),
                 *map(native.pointer, (self.weights[i], inputs)),
                 *map(ctypes.c_int64, (len(inputs), layer.inputs, layer.outputs)),
                 native.pointer(hidden),
@@ -238,8 +245,9 @@ class LookupMasks(PackedMasks):
         return -(-self.bits // _CHUNK_BITS)
 
     @property
-    def _masks(self) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-        return native.pointer(self.packed_TB), self._mask_bytes
+    def _masks(self) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]:
+        stride = ctypes.c_int64(self.packed_TB.shape[1])
+        return native.pointer(self.packed_TB), stride, ctypes.c_int64(self.bits // 8)
 
     def _interleaved(self) -> Iterator[tuple[Tensor, int]]:
         """Yield tiles of the masks in the kernel's order, with the number of masks in each."""
@@ -257,7 +265,8 @@ class LookupMasks(PackedMasks):
         groups = -(-len(packed_TB) // _GROUP)
         words = torch.empty(self._chunks * groups * 32 * _GROUP + 1, dtype=torch.int32)
         self._kernels.interleave(
-            native.pointer(packed_TB), ctypes.c_int64(len(packed_TB)), self._mask_bytes,
+            native.pointer(packed_TB),
+            *map(ctypes.c_int64, (packed_TB.shape[1], len(packed_TB), self.bits // 8)),
             native.pointer(words),
         )  # fmt: skip
         return words

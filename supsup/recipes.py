@@ -197,6 +197,8 @@ _PAPER: Mapping[str, Any] = {
     "eval.batch": 1,
     "eval.group": 128,
     "eval.images": 0,
+    "eval.depth": 0,
+    "openset.depth": 0,
     "openset.epsilon": 0.125,
     "openset.threshold": "fixed",
     "openset.decide_every": 100,

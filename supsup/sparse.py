@@ -13,6 +13,7 @@ tiles of 32 outputs.
 """
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,8 @@ class SparseEngine:
         data = material.data
         self._images = material.on_device(data.train_images)
         self._labels = material.on_device(data.train_labels)
-        self._batch = self._room(material.config.train.batch_size)
+        size = material.config.train.batch_size
+        self._rooms = itertools.cycle([self._room(size), self._room(size)])
         images_NP, labels_N = material.on_device(data.test_images), data.test_labels
         self._test = []
         for start in range(0, len(labels_N), TEST_CHUNK):
@@ -112,16 +114,17 @@ class SparseEngine:
         return SparseGroup(self, weights, scores, square_avgs)
 
     def training_batch(self, number: int) -> Batch:
-        """Return a batch of the run's own order, for ``learn``; good until the next batch."""
+        """Return a batch of the run's own order, for ``learn``; good until the second next."""
         indices_B = self.material.order[number]
         return self.batch(
             self._images.index_select(0, indices_B), self._labels.index_select(0, indices_B)
         )
 
     def batch(self, images_BP: Tensor, y_B: Tensor) -> Batch:
-        """Return the pixels of a batch, good until the next call, and its labels [B]."""
-        self._list(images_BP, self._batch)
-        return self._batch, y_B
+        """Return the pixels of a batch, good until the second next call, and its labels [B]."""
+        pixels = next(self._rooms)
+        self._list(images_BP, pixels)
+        return pixels, y_B
 
     def test_batches(self) -> Sequence[tuple[_Pixels, Tensor]]:
         """Return the pixels of the test images, and their labels [B], in order."""

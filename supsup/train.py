@@ -81,7 +81,7 @@ class ResumableEngine(Engine, Protocol):
         """Return masks in training, from weights and state [T, O, I] per layer."""
 
     def batch(self, images_BP: Tensor, y_B: Tensor) -> Any:
-        """Return images, uint8 [B, P], and labels as ``learn`` takes them; good until the next."""
+        """Return images, uint8 [B, P], and labels for ``learn``; good until the second next."""
 
 
 RESUMABLE_ENGINES: Mapping[str, Callable[[Material], ResumableEngine]] = {

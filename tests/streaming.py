@@ -32,7 +32,10 @@ class Recorder:
         self.states = {} if states is None else states
         layers = layers_of(config, data)
         weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-        members, trainer = LocalMembers(layers, weights), LocalTrainer(config, data)
+        members, trainer = (
+            LocalMembers(layers, weights, config.openset.depth),
+            LocalTrainer(config, data),
+        )
         self.learner = OpenSetLearner(config, data, members, trainer, self.states.get, first_mask)
         self.steps: list[Step] = []
 

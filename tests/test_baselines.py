@@ -251,8 +251,10 @@ def ensemble(quick, digits):
 
 
 @pytest.mark.parametrize("objective", ["h", "g"])
-def test_gradients_of_alpha_against_autograd_in_float64(ensemble, objective):
-    learner, engine, trunk, own = ensemble
+@pytest.mark.parametrize("depth", [0, 1])
+def test_gradients_of_alpha_against_autograd_in_float64(ensemble, digits, objective, depth):
+    learner, _, trunk, own = ensemble
+    engine = RankOneInference(learner._config, digits, 10, trunk, own, depth)
     x = learner.normalised(learner.family.test(1)[0][:3])
     tasks = torch.tensor([0, 2, 4])
     alpha = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64, requires_grad=True)
@@ -263,7 +265,8 @@ def test_gradients_of_alpha_against_autograd_in_float64(ensemble, objective):
             torch.outer(*(torch.from_numpy(own[t][f"linear{i}.{k}"]).double() for k in "rs"))
             for t in tasks
         ]
-        hidden = hidden @ (weight * sum(a * m for a, m in zip(alpha, outer, strict=True))).T
+        asked = alpha if not depth or i < depth else alpha.detach()
+        hidden = hidden @ (weight * sum(a * m for a, m in zip(asked, outer, strict=True))).T
         hidden = hidden.relu() if i < 2 else hidden
     p = hidden.softmax(1)
     value = -(p * p.log()).sum(1).mean()

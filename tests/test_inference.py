@@ -27,16 +27,17 @@ def images(queries: int, per_query: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(7).normal(size=(queries, per_query, PIXELS)))
 
 
-def superposition_logits(packed: torch.Tensor, alpha: torch.Tensor, x: torch.Tensor):
+def superposition_logits(packed: torch.Tensor, alpha: torch.Tensor, x: torch.Tensor, depth=0):
     masks = unpack(packed, LAYERS, torch.float64)
     for i, (weight, mask) in enumerate(zip(WEIGHTS, masks, strict=True)):
-        x = (x.relu() if i else x) @ (weight * torch.einsum("t,toi->oi", alpha, mask)).T
+        own = alpha if not depth or i < depth else alpha.detach()
+        x = (x.relu() if i else x) @ (weight * torch.einsum("t,toi->oi", own, mask)).T
     return x
 
 
-def autograd_alpha(packed: torch.Tensor, x_NP: torch.Tensor, objective: str) -> torch.Tensor:
+def autograd_alpha(packed: torch.Tensor, x_NP: torch.Tensor, objective: str, depth: int = 0):
     alpha = torch.full((len(packed),), 1 / len(packed), dtype=torch.float64, requires_grad=True)
-    logits = superposition_logits(packed, alpha, x_NP)
+    logits = superposition_logits(packed, alpha, x_NP, depth)
     if objective == "h":
         p = logits.softmax(-1)
         value = -(p * p.log()).sum(-1).mean()
@@ -55,6 +56,21 @@ def test_closed_form_equals_autograd(objective, per_query, k):
     for query in range(3):
         expected = autograd_alpha(packed, x[query], objective)
         torch.testing.assert_close(found[query], expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["h", "g"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 7])
+def test_the_first_layers_alone_are_asked(objective, depth):
+    packed, x = bank(9), images(2, 3)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES, depth=depth)
+    found = engine.alpha_gradients(x, objective)
+    for query in range(2):
+        expected = autograd_alpha(packed, x[query], objective, depth)
+        torch.testing.assert_close(found[query], expected, rtol=1e-9, atol=1e-14)
+    some = torch.tensor([7, 2, 4])
+    part = engine.gradient_at(x[0], objective, some)
+    expected = autograd_alpha(packed[some], x[0], objective, depth)
+    torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("objective", ["h", "g"])

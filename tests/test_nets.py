@@ -226,14 +226,17 @@ def test_the_general_inference_of_an_mlp_is_the_fast_one(quick, digits):
         pack([torch.from_numpy(stream.random((6, x.outputs, x.inputs)) < 0.5) for x in layers])
     )
     assert packed.shape[1] == mask_bytes(layers)
-    fast = make_inference(quick, digits, packed, weights, layers, 10)
-    assert type(fast) is TaskInference
-    general = NetInference(packed, weights, layers, 10, net=net, statistics_TS=torch.empty(6, 0))
-    x = images(3, 2)
-    for objective in ("h", "g"):
-        torch.testing.assert_close(
-            general.alpha_gradients(x, objective), fast.alpha_gradients(x, objective)
+    x, none = images(3, 2), torch.empty(6, 0)
+    for depth in (0, 1, 2):
+        fast = make_inference(quick, digits, packed, weights, layers, 10, depth=depth)
+        assert type(fast) is TaskInference
+        general = NetInference(
+            packed, weights, layers, 10, depth=depth, net=net, statistics_TS=none
         )
+        for objective in ("h", "g"):
+            torch.testing.assert_close(
+                general.alpha_gradients(x, objective), fast.alpha_gradients(x, objective)
+            )
     torch.testing.assert_close(general.logits(4, x), fast.logits(4, x))
 
 

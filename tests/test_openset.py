@@ -125,11 +125,12 @@ def test_a_fixed_threshold_stays():
 # --- the arithmetic --------------------------------------------------------------------------
 
 
-def test_scores_are_the_gradients_of_autograd():
+@pytest.mark.parametrize("depth", [0, 1])
+def test_scores_are_the_gradients_of_autograd(depth):
     packed = random_bank(6)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 21)))
-    members = LocalMembers(LAYERS, WEIGHTS)
-    superposition = Superposition(LAYERS, WEIGHTS, classes=10)
+    members = LocalMembers(LAYERS, WEIGHTS, depth)
+    superposition = Superposition(LAYERS, WEIGHTS, 10, depth)
     for mask, packed_B in enumerate(packed):
         members.put(mask, packed_B)
         superposition.add(packed_B)
@@ -139,7 +140,8 @@ def test_scores_are_the_gradients_of_autograd():
     hidden = x
     masks = unpack(torch.from_numpy(packed), LAYERS, torch.float64)
     for i, (w, mask_TOI) in enumerate(zip(WEIGHTS, masks, strict=True)):
-        mixed = w.double() * torch.einsum("t,toi->oi", alpha, mask_TOI)
+        own = alpha if not depth or i < depth else alpha.detach()
+        mixed = w.double() * torch.einsum("t,toi->oi", own, mask_TOI)
         hidden = (hidden.relu() if i else hidden) @ mixed.T
     entropy(hidden[None]).mean().backward()
     assert np.allclose(found, -alpha.grad.numpy(), rtol=1e-4, atol=1e-5)

@@ -70,6 +70,20 @@ def test_small_words_are_left_out(queries):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_first_layers_are_looked_at_alone(depth):
+    fast, plain = (masks.first_layers(depth) for masks in both(random_bank(70)))
+    vectors = random_vectors(fast, 3)
+    assert len(fast.by_layer(vectors)) == depth
+    assert fast.bits < 8 * fast.packed_TB.shape[1]
+    expected = plain.sums(vectors[:, : plain.bits].double())
+    torch.testing.assert_close(fast.sums(vectors).double(), expected, rtol=1e-5, atol=1e-3)
+    some = torch.tensor([69, 0, 31])
+    few = fast.sums_of(vectors[2], some).double()
+    torch.testing.assert_close(few, expected[2, some], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_little_memory_and_many_threads_change_no_bit():
     packed = random_bank(300)
     whole, _ = both(packed)

@@ -116,7 +116,7 @@ class _Baseline:
     ) -> Answer:
         trunk = self._learner.initial_trunk() if trunk is None else trunk
         classes = self._learner.family.classes
-        engine = RankOneInference(self._config, self._data, classes, trunk, own)
+        engine = RankOneInference(self._config, self._data, classes, trunk, own, settings.depth)
         evaluator = _RankOneEvaluator(self._config, self._data, engine)
         nothing = np.zeros((len(own), 0), dtype=np.uint8)
         return Answer(evaluation=evaluator.evaluate(settings, nothing, len(own), tasks))

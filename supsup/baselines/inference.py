@@ -44,6 +44,7 @@ class RankOneInference:
         classes: int,
         trunk: Arrays,
         own: Sequence[Arrays],
+        depth: int = 0,
     ) -> None:
         """Stack the factors.
 
@@ -53,7 +54,9 @@ class RankOneInference:
             classes: the real classes, the first of the output neurons.
             trunk: the shared weights.
             own: what each of the tasks has of its own.
+            depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
         """
+        self._depth = depth
         self._plain = Network(config, data, "plain")
         self._shape, self.classes = data.shape, classes
         self._trunk = {name: torch.tensor(array) for name, array in trunk.items()}
@@ -113,9 +116,11 @@ class RankOneInference:
     def _superposed(self, tasks_K: Tensor, alpha_K: Tensor) -> Mapping[str, Tensor]:
         """Return ``W ⊙ Σ α_i r_i s_iᵀ`` by the names of the weights, and the mean statistics."""
         tensors = {}
-        for layer in self._plain.layers:
+        for i, layer in enumerate(self._plain.layers):
             r_KO, s_KI = (self._own[f"{layer.name}.{name}"][tasks_K] for name in ("r", "s"))
-            sum_OI = (alpha_K[:, None] * r_KO).T @ s_KI
+            asked = not self._depth or i < self._depth
+            own_alpha_K = alpha_K if asked else alpha_K.detach()
+            sum_OI = (own_alpha_K[:, None] * r_KO).T @ s_KI
             weight = self._trunk[f"{layer.name}.weight"]
             tensors[f"{layer.name}.weight"] = weight * sum_OI.view(
                 *sum_OI.shape, *[1] * (weight.dim() - 2)
