@@ -6,27 +6,24 @@ is the same as training that never stopped.
 Shapes: W weights of all layers, end to end; B images of a batch.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from supsup.config import RunConfig
-from supsup.datasets import Dataset, Images, Labels
+from supsup.datasets import Dataset
 from supsup.errors import NonFiniteLoss
 from supsup.masking import initial_scores, pack
-from supsup.material import Material, as_tensor
+from supsup.material import BATCHES, Material, as_tensor
 from supsup.members import Packed, Scores
 from supsup.models import Layer
 from supsup.streams import Segment
-from supsup.train import RESUMABLE_ENGINES
-
-Item = TypeVar("Item")
+from supsup.train import RESUMABLE_ENGINES, LearningGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +58,7 @@ class LocalTrainer:
         self._material = Material(config, data)
         self._engine = RESUMABLE_ENGINES[config.train.engine](self._material)
         self._weights = [weight_OI[None] for weight_OI in self._material.weights]
+        self._group: tuple[MaskState, LearningGroup] | None = None
 
     def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
         """See ``Trainer``. The rate goes by the batches that the mask itself has been trained on.
@@ -69,13 +67,13 @@ class LocalTrainer:
             NonFiniteLoss: if the loss of the last batch is not finite.
         """
         left = batches_left(self._config, state.batches)
-        group = self._engine.resume(
-            self._weights, *map(self._by_layer, (state.scores_W, state.square_avg_W))
-        )
+        # Let go before it is trained: if that fails, it is the state of nothing.
+        group, self._group = self._resumed(state), None
         done = state.batches
-        for batch in _one_ahead(self._prepared, itertools.islice(segment.batches(), left)):
-            group.learn(batch, done)
-            done += 1
+        for batches in _one_ahead(self._engine.batches, self._parts(segment, left)):
+            for batch in batches:
+                group.learn(batch, done)
+                done += 1
         scores_W, square_avg_W = (
             torch.cat([layer_TOI.flatten() for layer_TOI in layers]).cpu().numpy()
             for layers in (group.scores(), group.square_avgs())
@@ -84,11 +82,34 @@ class LocalTrainer:
             raise NonFiniteLoss(
                 f"mask {mask}: the scores are not finite; lower train.learning_rate"
             )
-        return MaskState(scores_W=scores_W, square_avg_W=square_avg_W, batches=done)
+        trained = MaskState(scores_W=scores_W, square_avg_W=square_avg_W, batches=done)
+        self._group = trained, group
+        return trained
 
-    def _prepared(self, batch: tuple[Images, Labels]) -> Any:
-        images_BP, labels_B = batch
-        return self._engine.batch(as_tensor(images_BP), as_tensor(labels_B))
+    def _resumed(self, state: MaskState) -> LearningGroup:
+        """Return a mask in training; mostly it is the one that was trained last."""
+        if self._group is not None:
+            last, group = self._group
+            if all(
+                np.array_equal(mine_W, last_W)
+                for mine_W, last_W in (
+                    (state.scores_W, last.scores_W),
+                    (state.square_avg_W, last.square_avg_W),
+                )
+            ):
+                return group
+        scores, square_avgs = map(self._by_layer, (state.scores_W, state.square_avg_W))
+        return self._engine.resume(self._weights, scores, square_avgs)
+
+    def _parts(self, segment: Segment, batches: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels of the first batches of a segment, some batches at a time."""
+        count = len(segment.labels_N)
+        if batches is not None:
+            count = min(count, batches * segment.batch_size)
+        step = BATCHES * segment.batch_size
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            yield as_tensor(segment.images_NP[part]), as_tensor(segment.labels_N[part])
 
     def _by_layer(self, flat_W: Scores) -> list[Tensor]:
         layers = self._material.layers
@@ -99,12 +120,14 @@ class LocalTrainer:
         ]
 
 
-def _one_ahead(prepare: Callable[[Item], Any], items: Iterable[Item]) -> Iterator[Any]:
-    """Yield what is made of some items, each made while the one before is worked with."""
+def _one_ahead(
+    prepare: Callable[[Tensor, Tensor], Sequence[Any]], parts: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[Sequence[Any]]:
+    """Yield what is made of some parts, each made while the one before is worked with."""
     with ThreadPoolExecutor(1) as pool:
-        coming: Future[Any] | None = None
-        for item in items:
-            ready, coming = coming, pool.submit(prepare, item)
+        coming: Future[Sequence[Any]] | None = None
+        for part in parts:
+            ready, coming = coming, pool.submit(prepare, *part)
             if ready is not None:
                 yield ready.result()
         if coming is not None:

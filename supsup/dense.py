@@ -74,10 +74,17 @@ class DenseEngine:
         """Return a batch of the run's own order, for ``learn``."""
         images_NP, labels_N = self._train
         indices_B = self.material.order[number]
-        return self.batch(images_NP.index_select(0, indices_B), labels_N.index_select(0, indices_B))
+        return self._taken(
+            images_NP.index_select(0, indices_B), labels_N.index_select(0, indices_B)
+        )
 
-    def batch(self, images_BP: Tensor, y_B: Tensor) -> Batch:
-        """Return the images [B, P] of a batch as the network takes them, and the labels [B]."""
+    def batches(self, images_NP: Tensor, y_N: Tensor) -> Sequence[Batch]:
+        """Return the images [B, P] of batches as the network takes them, and the labels [B]."""
+        size = self.material.config.train.batch_size
+        parts = zip(torch.split(images_NP, size), torch.split(y_N, size), strict=True)
+        return [self._taken(*part) for part in parts]
+
+    def _taken(self, images_BP: Tensor, y_B: Tensor) -> Batch:
         device = self.material.device
         return self.material.normalised(images_BP.to(device)), y_B.to(device)
 

@@ -24,6 +24,8 @@ from supsup.tasks import inverse, permutation, task_family
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 #: Test images that go through the network at once.
 TEST_CHUNK = 1000
+#: Training batches that come from elsewhere and are made ready together, at most.
+BATCHES = 10
 
 
 def layers_of(config: RunConfig, data: Dataset) -> tuple[Layer, ...]:

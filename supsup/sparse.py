@@ -16,6 +16,7 @@ import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from supsup import native
 from supsup.datasets import Dataset
 from supsup.dense import CPU_TASKS, DenseLayers
-from supsup.material import TEST_CHUNK, Material, learning_rate
+from supsup.material import BATCHES, TEST_CHUNK, Material, learning_rate
 
 #: Below this fraction of pixels that are not background the kernels are faster than products.
 _DENSE_FRACTION = 0.35
@@ -88,15 +89,14 @@ class SparseEngine:
         data = material.data
         self._images = material.on_device(data.train_images)
         self._labels = material.on_device(data.train_labels)
-        size = material.config.train.batch_size
-        self._rooms = itertools.cycle([self._room(size), self._room(size)])
+        self._batch = self._room(material.config.train.batch_size)
         images_NP, labels_N = material.on_device(data.test_images), data.test_labels
         self._test = []
         for start in range(0, len(labels_N), TEST_CHUNK):
             chunk = slice(start, start + TEST_CHUNK)
             pixels = self._room(len(images_NP[chunk]))
-            pairs = self._list(images_NP[chunk], pixels)
-            self._test.append((_trimmed(pixels, pairs), material.on_device(labels_N[chunk])))
+            self._list(images_NP[chunk], pixels)
+            self._test.append((_trimmed(pixels[0]), material.on_device(labels_N[chunk])))
 
     @property
     def tasks_at_once(self) -> int:
@@ -114,17 +114,16 @@ class SparseEngine:
         return SparseGroup(self, weights, scores, square_avgs)
 
     def training_batch(self, number: int) -> Batch:
-        """Return a batch of the run's own order, for ``learn``; good until the second next."""
+        """Return a batch of the run's own order, for ``learn``; good until the next batch."""
         indices_B = self.material.order[number]
-        return self.batch(
-            self._images.index_select(0, indices_B), self._labels.index_select(0, indices_B)
-        )
+        self._list(self._images.index_select(0, indices_B), self._batch)
+        return self._batch[0], self._labels.index_select(0, indices_B)
 
-    def batch(self, images_BP: Tensor, y_B: Tensor) -> Batch:
-        """Return the pixels of a batch, good until the second next call, and its labels [B]."""
-        pixels = next(self._rooms)
-        self._list(images_BP, pixels)
-        return pixels, y_B
+    def batches(self, images_NP: Tensor, y_N: Tensor) -> Sequence[Batch]:
+        """Return the pixels and labels [B] of ``BATCHES`` at most; good until the second next."""
+        room, size = next(self._rooms), self.material.config.train.batch_size
+        self._list(images_NP, room)
+        return list(zip(room, torch.split(y_N, size), strict=False))
 
     def test_batches(self) -> Sequence[tuple[_Pixels, Tensor]]:
         """Return the pixels of the test images, and their labels [B], in order."""
@@ -140,15 +139,21 @@ class SparseEngine:
             *map(ctypes.c_float, (rate, train.alpha, train.epsilon, train.batch_size)),
         )
 
-    def _room(self, images: int) -> _Pixels:
+    @cached_property
+    def _rooms(self) -> Iterator[Sequence[_Pixels]]:
+        """Room for the batches that are learned from, and for those that come next, in turn."""
+        size = self.material.config.train.batch_size
+        return itertools.cycle([self._room(size, BATCHES), self._room(size, BATCHES)])
+
+    def _room(self, images: int, batches: int = 1) -> Sequence[_Pixels]:
+        """Return room for the pixels of that many batches; the lists of a kind lie end to end."""
         pixels = self.material.layers[0].inputs
         pairs = (pixels + 1) // 2
 
         def room(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(size, dtype=dtype)
+            return torch.empty(batches, size, dtype=dtype)
 
-        return _Pixels(
-            images,
+        lists = (
             room(images + 1, torch.int32),
             room(images * pairs, torch.uint16),
             room(images * pairs, torch.uint32),
@@ -156,22 +161,23 @@ class SparseEngine:
             room(images * pixels, torch.uint16),
             room(images * pixels, torch.float32),
         )
+        return [_Pixels(images, *of_batch) for of_batch in zip(*lists, strict=True)]
 
-    def _list(self, images_BP: Tensor, pixels: _Pixels) -> int:
-        """Fill in the pixels of some images; return how many pairs there are."""
-        images_BP = images_BP.contiguous()
+    def _list(self, images_NP: Tensor, room: Sequence[_Pixels]) -> None:
+        """Fill in the pixels of some images, whole batches of them."""
+        images_NP, first = images_NP.contiguous(), room[0]
         self.kernels.list_pixels(
-            native.pointer(images_BP),
-            *map(ctypes.c_int64, images_BP.shape),
-            *pixels.rows(),
-            *pixels.columns(),
+            native.pointer(images_NP),
+            *map(ctypes.c_int64, (len(images_NP) // first.images, first.images)),
+            ctypes.c_int64(images_NP.shape[1]),
+            *first.rows(),
+            *first.columns(),
         )
-        return int(pixels.row_start[-1])
 
 
-def _trimmed(pixels: _Pixels, pairs: int) -> _Pixels:
+def _trimmed(pixels: _Pixels) -> _Pixels:
     """Keep what a forward pass needs."""
-    none = torch.empty(0)
+    none, pairs = torch.empty(0), int(pixels.row_start[-1])
     rows = (pixels.row_start, pixels.row_pair[:pairs].clone(), pixels.row_value[:pairs].clone())
     return _Pixels(pixels.images, *rows, none, none, none)
 

@@ -201,15 +201,9 @@ void each_pixel(const uint8_t* image, int64_t pixels, Found found) {
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// Lists the pixels of uint8 images [B, P] that are not zero: by image in pairs, and by pixel.
-// Returns the number of pairs. The lists must have room for B Q pairs and B P pixels.
-int64_t list_pixels(const uint8_t* images_BP, int64_t images, int64_t pixels, int32_t* row_start,
-                    uint16_t* row_pair, uint32_t* row_value, int32_t* column_start,
-                    uint16_t* column_image, float* column_value) {
+void list_batch(const uint8_t* images_BP, int64_t images, int64_t pixels, int32_t* row_start,
+                uint16_t* row_pair, uint32_t* row_value, int32_t* column_start,
+                uint16_t* column_image, float* column_value) {
   const int64_t pairs = (pixels + 1) / 2;
   int32_t n = 0;
   std::fill(column_start, column_start + 2 * pairs + 1, 0);
@@ -236,7 +230,23 @@ int64_t list_pixels(const uint8_t* images_BP, int64_t images, int64_t pixels, in
     });
   for (int64_t p = 2 * pairs; p > 0; p--) column_start[p] = column_start[p - 1];
   column_start[0] = 0;
-  return n;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Lists the pixels of batches of uint8 images [M, B, P] that are not zero: by image in pairs, and by
+// pixel. The lists of a batch must have room for B Q pairs and B P pixels.
+void list_pixels(const uint8_t* images_MBP, int64_t batches, int64_t images, int64_t pixels,
+                 int32_t* row_start, uint16_t* row_pair, uint32_t* row_value,
+                 int32_t* column_start, uint16_t* column_image, float* column_value) {
+  const int64_t pairs = (pixels + 1) / 2;
+  for (int64_t m = 0; m < batches; m++)
+    list_batch(images_MBP + m * images * pixels, images, pixels, row_start + m * (images + 1),
+               row_pair + m * images * pairs, row_value + m * images * pairs,
+               column_start + m * (2 * pairs + 1), column_image + m * images * pixels,
+               column_value + m * images * pixels);
 }
 
 // hidden [B, O] = relu((slope pixels + background) maskedᵀ). `masked` [K / 32, Q, 32] holds the

@@ -80,8 +80,13 @@ class ResumableEngine(Engine, Protocol):
     ) -> LearningGroup:
         """Return masks in training, from weights and state [T, O, I] per layer."""
 
-    def batch(self, images_BP: Tensor, y_B: Tensor) -> Any:
-        """Return images, uint8 [B, P], and labels for ``learn``; good until the second next."""
+    def batches(self, images_NP: Tensor, y_N: Tensor) -> Sequence[Any]:
+        """Return batches for ``learn``, ``BATCHES`` at most; good until the second next call.
+
+        Args:
+            images_NP: the images of whole batches, uint8.
+            y_N: the labels.
+        """
 
 
 RESUMABLE_ENGINES: Mapping[str, Callable[[Material], ResumableEngine]] = {
