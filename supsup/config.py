@@ -215,7 +215,7 @@ class EvalConfig:
             gt=0,
             le=1,
         ),
-    ] = 0.25
+    ] = 0.05
     memory_mb: Annotated[
         int,
         _setting(

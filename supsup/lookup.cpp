@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -41,16 +42,13 @@ __mmask16 lanes_left(int64_t left) {
   return left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
 }
 
-// The magnitudes of a word's values, added.
-float size_of(__m512 low, __m512 high) {
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-}
-
 // Fill the tables of a word: table[n][m] is the sum of values[4 n + b] over the bits b of m.
-// Returns false, and fills nothing, if the magnitudes of the values add up to no more than `least`.
-bool fill_tables(const float* values, float least, float* tables) {
-  const __m512 low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + kLanes);
-  if (size_of(low, high) <= least) return false;
+// Returns false, and fills nothing, if all values are zero.
+bool fill_tables(const float* values, float* tables) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __mmask16 low = _mm512_cmpneq_ps_mask(_mm512_loadu_ps(values), zero);
+  const __mmask16 high = _mm512_cmpneq_ps_mask(_mm512_loadu_ps(values + kLanes), zero);
+  if (!(low | high)) return false;
   for (int n = 0; n < kNibbles; n++) {
     __m512 table = _mm512_setzero_ps();
     table = _mm512_mask_add_ps(table, 0xaaaa, table, _mm512_set1_ps(values[4 * n]));
@@ -60,6 +58,50 @@ bool fill_tables(const float* values, float least, float* tables) {
     _mm512_store_ps(tables + n * kLanes, table);
   }
   return true;
+}
+
+constexpr int64_t kBlock = 64;  // bytes of masks that are turned over together
+constexpr int kTogether = 4;    // groups whose sums stay in registers
+constexpr int64_t kAhead = 16;  // columns that are fetched ahead: they lie anywhere
+
+// Values of a query that are looked at, and the bits that they belong to.
+struct Chosen {
+  int64_t count = 0;
+  std::vector<int32_t> bit;
+  std::vector<float> value;
+
+  explicit Chosen(int64_t bits) : bit(bits + kLanes), value(bits + kLanes) {}
+
+  void choose(const float* values, int64_t bits, float least) {
+    const __m512 bound = _mm512_set1_ps(least);
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    count = 0;
+    for (int64_t w = 0; w < bits; w += kLanes) {
+      const __m512 x = _mm512_maskz_loadu_ps(lanes_left(bits - w), values + w);
+      const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_GT_OQ);
+      _mm512_storeu_si512(bit.data() + count, _mm512_maskz_compress_epi32(large, at));
+      _mm512_storeu_ps(value.data() + count, _mm512_maskz_compress_ps(large, x));
+      count += __builtin_popcount(large);
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
+    }
+  }
+};
+
+// sums of N groups = the chosen values, each added to the masks of its column.
+template <int N>
+void add_columns(const uint64_t* columns, int64_t groups, const Chosen& chosen, float* sums) {
+  constexpr int kVectors = N * kGroup / kLanes;
+  __m512 sum[kVectors];
+  for (int i = 0; i < kVectors; i++) sum[i] = _mm512_setzero_ps();
+  for (int64_t n = 0; n < chosen.count; n++) {
+    const int64_t later = std::min(n + kAhead, chosen.count - 1);
+    __builtin_prefetch(columns + chosen.bit[later] * groups);
+    __mmask16 masks[kVectors];
+    std::memcpy(masks, columns + chosen.bit[n] * groups, sizeof masks);
+    const __m512 value = _mm512_set1_ps(chosen.value[n]);
+    for (int i = 0; i < kVectors; i++) sum[i] = _mm512_mask_add_ps(sum[i], masks[i], sum[i], value);
+  }
+  for (int i = 0; i < kVectors; i++) _mm512_storeu_ps(sums + i * kLanes, sum[i]);
 }
 
 }  // namespace
@@ -82,18 +124,10 @@ void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t
   }
 }
 
-// sizes [D] = the magnitudes of the 32 values of each word, added.
-void word_sizes(const float* values, int64_t words, float* sizes) {
-  for (int64_t d = 0; d < words; d++, values += kWordBits)
-    sizes[d] = size_of(_mm512_loadu_ps(values), _mm512_loadu_ps(values + kLanes));
-}
-
 // sums [Q, 64 G] = for each query and mask, the values [Q, 1024 C] of the bits that are set, added.
-// Words whose magnitudes add up to no more than the query's `least` are left out, and cost nothing.
 // Only groups first..last - 1 are done.
-void lookup_sums(const uint32_t* words, const float* values_QW, const float* least_Q,
-                 int64_t queries, int64_t chunks, int64_t groups, int64_t first, int64_t last,
-                 float* sums_QT) {
+void lookup_sums(const uint32_t* words, const float* values_QW, int64_t queries, int64_t chunks,
+                 int64_t groups, int64_t first, int64_t last, float* sums_QT) {
   alignas(64) float tables[kWords][kNibbles][kLanes];
   int64_t used[kWords];
   for (int64_t c = 0; c < chunks; c++)
@@ -101,7 +135,7 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
       const float* values = values_QW + (q * chunks + c) * kChunkBits;
       int64_t count = 0;
       for (int64_t d = 0; d < kWords; d++)
-        if (fill_tables(values + d * kWordBits, least_Q[q], tables[count][0])) used[count++] = d;
+        if (fill_tables(values + d * kWordBits, tables[count][0])) used[count++] = d;
       if (!count) continue;
       for (int64_t g = first; g < last; g++) {
         const uint32_t* group = words + (c * groups + g) * kWords * kGroup;
@@ -128,6 +162,44 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
     }
 }
 
+// Masks [T, B] turned over: for every bit, those masks that have it, [W, G] words of 64 masks.
+void turn_over(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
+               uint64_t* columns_WG) {
+  alignas(64) uint8_t block[kGroup][kBlock], column[kGroup];
+  const int64_t groups = (masks + kGroup - 1) / kGroup;
+  for (int64_t start = 0; start < bytes; start += kBlock)
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t count = std::min(kBlock, bytes - start);
+      std::memset(block, 0, sizeof block);
+      for (int64_t t = g * kGroup; t < std::min(masks, (g + 1) * kGroup); t++)
+        std::memcpy(block[t % kGroup], packed_TB + t * stride + start, count);
+      for (int64_t b = 0; b < count; b++) {
+        for (int t = 0; t < kGroup; t++) column[t] = block[t][b];
+        const __m512i byte = _mm512_load_si512(column);
+        for (int bit = 0; bit < 8; bit++)
+          columns_WG[(8 * (start + b) + bit) * groups + g] =
+              _mm512_test_epi8_mask(byte, _mm512_set1_epi8(static_cast<char>(1 << bit)));
+      }
+    }
+}
+
+// sums [Q, 64 G] = for each query and mask, the values [Q, `width`] of the bits that are set, added;
+// only those values whose magnitude is above the query's `least`. The others cost nothing. Only
+// queries first_q..last_q - 1 and groups first..last - 1 are done.
+void column_sums(const uint64_t* columns_WG, const float* values_QW, const float* least_Q,
+                 int64_t width, int64_t bits, int64_t groups, int64_t first_q, int64_t last_q,
+                 int64_t first, int64_t last, float* sums_QT) {
+  Chosen chosen(bits);
+  for (int64_t q = first_q; q < last_q; q++) {
+    chosen.choose(values_QW + q * width, bits, least_Q[q]);
+    float* sums = sums_QT + q * groups * kGroup;
+    int64_t g = first;
+    for (; g + kTogether <= last; g += kTogether)
+      add_columns<kTogether>(columns_WG + g, groups, chosen, sums + g * kGroup);
+    for (; g < last; g++) add_columns<1>(columns_WG + g, groups, chosen, sums + g * kGroup);
+  }
+}
+
 // total [W] += the masks of some tasks, each times its weight.
 void add_masks(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
                const float* weights, int64_t count, float* total_W) {
@@ -145,11 +217,14 @@ void add_masks(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const in
     }
 }
 
-// sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
-void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
-             int64_t count, const float* values_W, float* sums) {
-  for (int64_t n = 0; n < count; n++) {
-    const uint8_t* mask = packed_TB + tasks[n] * stride;
+// sums [Q, N] = for each query and each of its tasks [Q, N], the values [Q, `width`] of the bits that
+// are set, added. Only queries first..last - 1 are done.
+void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks_QN,
+             int64_t count, const float* values_QW, int64_t width, int64_t first, int64_t last,
+             float* sums_QN) {
+  for (int64_t n = first * count; n < last * count; n++) {
+    const uint8_t* mask = packed_TB + tasks_QN[n] * stride;
+    const float* values_W = values_QW + n / count * width;
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t bit = 0; bit < 8 * bytes; bit += 2 * kLanes)
       for (int i = 0; i < 2; i++) {
@@ -158,7 +233,7 @@ void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int6
         const __mmask16 set = bits_at(mask, bytes, at) & lanes_left(8 * bytes - at);
         sum[i] = _mm512_add_ps(sum[i], _mm512_maskz_loadu_ps(set, values_W + at));
       }
-    sums[n] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+    sums_QN[n] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
   }
 }
 

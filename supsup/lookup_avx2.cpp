@@ -16,6 +16,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -55,13 +56,13 @@ float total_of(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
-// The magnitudes of a word's values, added.
-float size_of(const float* values) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 sum = _mm256_setzero_ps();
+// Whether a word has a value that is not zero.
+bool any(const float* values) {
+  int found = 0;
   for (int i = 0; i < kWordBits; i += kLanes)
-    sum = _mm256_add_ps(sum, _mm256_and_ps(magnitude, _mm256_loadu_ps(values + i)));
-  return total_of(sum);
+    found |= _mm256_movemask_ps(
+        _mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+  return found != 0;
 }
 
 // The same word of the next group: too far away for the processor to foresee.
@@ -281,6 +282,50 @@ void masked_row(const uint8_t* mask, int64_t bytes, int64_t bit, const float* we
   for (int n = 0; n < N; n++) y[n * outputs] = total_of(_mm256_add_ps(sum[0][n], sum[1][n]));
 }
 
+// sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
+void sums_of_query(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
+                   int64_t count, const float* values_W, float* sums) {
+  constexpr int64_t kStep = 128;  // words: their values stay in the cache from mask to mask
+  const int64_t words = (bytes + 3) / 4;
+  std::fill(sums, sums + count, 0.0f);
+  for (int64_t start = 0; start < words; start += kStep)
+    for (int64_t n = 0; n < count; n++) {
+      const uint8_t* mask = packed_TB + tasks[n] * stride;
+      __m256 sum[kWordBits / kLanes];
+      for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
+      for (int64_t d = start; d < std::min(start + kStep, words); d++) {
+        const __m256i word = _mm256_set1_epi32(static_cast<int>(word_of(mask, bytes, d)));
+        for (int i = 0; i < 4; i++)
+          sum[i] = _mm256_add_ps(
+              sum[i],
+              where(signs(word, i), _mm256_loadu_ps(values_W + d * kWordBits + i * kLanes)));
+      }
+      sums[n] +=
+          total_of(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    }
+}
+
+// sums of a group = some values, each added to the masks of its column.
+void add_columns(const uint64_t* columns, int64_t groups, const float* values,
+                 const int32_t* chosen, int64_t count, float* sums) {
+  constexpr int64_t kAhead = 16;  // columns that are fetched ahead: they lie anywhere
+  __m256 sum[kGroup / kLanes];
+  for (__m256& x : sum) x = _mm256_setzero_ps();
+  for (int64_t n = 0; n < count; n++) {
+    prefetch(reinterpret_cast<const char*>(columns + chosen[std::min(n + kAhead, count - 1)] * groups));
+    const uint64_t masks = columns[chosen[n] * groups];
+    const __m256 value = _mm256_set1_ps(values[chosen[n]]);
+    for (int half = 0; half < 2; half++) {
+      const __m256i word = _mm256_set1_epi32(static_cast<int>(masks >> 32 * half));
+      for (int i = 0; i < 4; i++) {
+        __m256& x = sum[4 * half + i];
+        x = _mm256_add_ps(x, where(signs(word, i), value));
+      }
+    }
+  }
+  for (int i = 0; i < kGroup / kLanes; i++) _mm256_storeu_ps(sums + i * kLanes, sum[i]);
+}
+
 }  // namespace
 
 extern "C" {
@@ -300,17 +345,10 @@ void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t
     }
 }
 
-// sizes [D] = the magnitudes of the 32 values of each word, added.
-void word_sizes(const float* values, int64_t words, float* sizes) {
-  for (int64_t d = 0; d < words; d++) sizes[d] = size_of(values + d * kWordBits);
-}
-
 // sums [Q, 64 G] = for each query and mask, the values [Q, 1024 C] of the bits that are set, added.
-// Words whose magnitudes add up to no more than the query's `least` are left out, and cost nothing
-// where queries are few. Only groups first..last - 1 are done; their sums are zero before.
-void lookup_sums(const uint32_t* words, const float* values_QW, const float* least_Q,
-                 int64_t queries, int64_t chunks, int64_t groups, int64_t first, int64_t last,
-                 float* sums_QT) {
+// Only groups first..last - 1 are done; their sums are zero before.
+void lookup_sums(const uint32_t* words, const float* values_QW, int64_t queries, int64_t chunks,
+                 int64_t groups, int64_t first, int64_t last, float* sums_QT) {
   const Task task{words, values_QW, chunks, groups, sums_QT};
   std::vector<uint32_t> kept(kQueries * chunks);
   Room room;
@@ -319,10 +357,8 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
     std::fill(kept.begin(), kept.end(), 0);
     for (int64_t q = 0; q < count; q++)
       for (int64_t c = 0; c < chunks; c++)
-        for (int d = 0; d < kWords; d++) {
-          const float size = size_of(task.values(start + q, c) + d * kWordBits);
-          kept[q * chunks + c] |= uint32_t{!(size <= least_Q[start + q])} << d;
-        }
+        for (int d = 0; d < kWords; d++)
+          kept[q * chunks + c] |= uint32_t{any(task.values(start + q, c) + d * kWordBits)} << d;
     if (bytes_are_faster(kept.data(), count, chunks, (last - first) * kGroup)) {
       for (int64_t g = first; g < last; g += kBlock)
         look_up_bytes(task, start, count, kept.data(), g, std::min(g + kBlock, last), room);
@@ -331,6 +367,53 @@ void lookup_sums(const uint32_t* words, const float* values_QW, const float* lea
         for (int64_t q = 0; q < count; q++)
           look_up_pairs(task, start + q, c, kept[q * chunks + c], first, last);
     }
+  }
+}
+
+// Masks [T, B] turned over: for every bit, those masks that have it, [W, G] words of 64 masks.
+void turn_over(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
+               uint64_t* columns_WG) {
+  constexpr int64_t kBytesTogether = 64;
+  alignas(32) uint8_t block[kGroup][kBytesTogether], column[kGroup];
+  const int64_t groups = (masks + kGroup - 1) / kGroup;
+  for (int64_t start = 0; start < bytes; start += kBytesTogether)
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t count = std::min(kBytesTogether, bytes - start);
+      std::memset(block, 0, sizeof block);
+      for (int64_t t = g * kGroup; t < std::min(masks, (g + 1) * kGroup); t++)
+        std::memcpy(block[t % kGroup], packed_TB + t * stride + start, count);
+      for (int64_t b = 0; b < count; b++) {
+        for (int t = 0; t < kGroup; t++) column[t] = block[t][b];
+        __m256i half[2];
+        for (int i = 0; i < 2; i++)
+          half[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(column) + i);
+        for (int bit = 7; bit >= 0; bit--) {  // the topmost first; then all bits move up
+          const auto low = static_cast<uint32_t>(_mm256_movemask_epi8(half[0]));
+          const auto high = static_cast<uint32_t>(_mm256_movemask_epi8(half[1]));
+          columns_WG[(8 * (start + b) + bit) * groups + g] = low | uint64_t{high} << 32;
+          for (__m256i& bytes_up : half) bytes_up = _mm256_add_epi8(bytes_up, bytes_up);
+        }
+      }
+    }
+}
+
+// sums [Q, 64 G] = for each query and mask, the values [Q, `width`] of the bits that are set, added;
+// only those values whose magnitude is above the query's `least`. The others cost nothing. Only
+// queries first_q..last_q - 1 and groups first..last - 1 are done.
+void column_sums(const uint64_t* columns_WG, const float* values_QW, const float* least_Q,
+                 int64_t width, int64_t bits, int64_t groups, int64_t first_q, int64_t last_q,
+                 int64_t first, int64_t last, float* sums_QT) {
+  std::vector<int32_t> chosen(bits);
+  for (int64_t q = first_q; q < last_q; q++) {
+    const float* values = values_QW + q * width;
+    int64_t count = 0;
+    for (int64_t w = 0; w < bits; w++) {
+      chosen[count] = static_cast<int32_t>(w);
+      count += std::abs(values[w]) > least_Q[q];
+    }
+    for (int64_t g = first; g < last; g++)
+      add_columns(columns_WG + g, groups, values, chosen.data(), count,
+                  sums_QT + (q * groups + g) * kGroup);
   }
 }
 
@@ -360,27 +443,14 @@ void add_masks(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const in
     }
 }
 
-// sums [N] = for each of some tasks, the values [W] of the bits that are set, added.
-void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks,
-             int64_t count, const float* values_W, float* sums) {
-  constexpr int64_t kStep = 128;  // words: their values stay in the cache from mask to mask
-  const int64_t words = (bytes + 3) / 4;
-  std::fill(sums, sums + count, 0.0f);
-  for (int64_t start = 0; start < words; start += kStep)
-    for (int64_t n = 0; n < count; n++) {
-      const uint8_t* mask = packed_TB + tasks[n] * stride;
-      __m256 sum[kWordBits / kLanes];
-      for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
-      for (int64_t d = start; d < std::min(start + kStep, words); d++) {
-        const __m256i word = _mm256_set1_epi32(static_cast<int>(word_of(mask, bytes, d)));
-        for (int i = 0; i < 4; i++)
-          sum[i] = _mm256_add_ps(
-              sum[i],
-              where(signs(word, i), _mm256_loadu_ps(values_W + d * kWordBits + i * kLanes)));
-      }
-      sums[n] +=
-          total_of(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
-    }
+// sums [Q, N] = for each query and each of its tasks [Q, N], the values [Q, `width`] of the bits that
+// are set, added. Only queries first..last - 1 are done.
+void sums_of(const uint8_t* packed_TB, int64_t stride, int64_t bytes, const int64_t* tasks_QN,
+             int64_t count, const float* values_QW, int64_t width, int64_t first, int64_t last,
+             float* sums_QN) {
+  for (int64_t q = first; q < last; q++)
+    sums_of_query(packed_TB, stride, bytes, tasks_QN + q * count, count, values_QW + q * width,
+                  sums_QN + q * count);
 }
 
 // y [N, O] = x [N, I] (weights [O, I] ⊙ mask)ᵀ for the layer whose bits start at byte `start`.

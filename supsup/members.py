@@ -58,7 +58,8 @@ class LocalMembers:
         Args:
             factor_W: numbers per weight, padded as ``packed_masks`` wants them.
         """
-        sums = [self._asked(page).sums_of(factor_W, self._page_of_tasks) for page in self._pages]
+        factor_1W, tasks_1N = factor_W[None], self._page_of_tasks[None]
+        sums = [self._asked(page).sums_of(factor_1W, tasks_1N)[0] for page in self._pages]
         scores_K: Scores = -torch.cat(sums)[: self._count].numpy()
         return scores_K
 

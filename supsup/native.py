@@ -28,7 +28,7 @@ _FLAGS = (
 _NEEDS = {
     "sparse": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"),
     "sparse_avx2": ("avx2", "fma3"),
-    "lookup": ("avx512_f",),
+    "lookup": ("avx512_f", "avx512_bw"),
     "lookup_avx2": ("avx2", "fma3"),
 }
 

@@ -24,9 +24,7 @@ from supsup.models import Layer
 
 #: Bytes above the packed bank that a bank's answers may take, unless told otherwise.
 MEMORY_BYTES = 512 << 20
-#: Numbers that ``sums`` keeps or leaves out together.
-WORD = 32
-_CHUNK_BITS, _GROUP = 1024, 64
+_CHUNK_BITS, _GROUP, _WORD = 1024, 64, 32
 #: Files of the same kernels, the fastest first.
 KERNELS = ("lookup", "lookup_avx2")
 
@@ -91,14 +89,8 @@ class PackedMasks:
             total_1W[0, : self.bits] += weights_N[part].to(self.dtype) @ bits
         return total_1W
 
-    def sums(self, vectors_QW: Tensor, least_Q: Tensor | None = None) -> Tensor:
-        """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added.
-
-        Words of 32 numbers whose ``word_sizes`` are no more than ``least_Q`` are left out.
-        """
-        if least_Q is not None:
-            kept_QD = self.word_sizes(vectors_QW) > least_Q[:, None]
-            vectors_QW = vectors_QW * kept_QD.repeat_interleave(WORD, dim=1)
+    def sums(self, vectors_QW: Tensor) -> Tensor:
+        """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added."""
         sums_QT = vectors_QW.new_empty(len(vectors_QW), len(self))
         for start in range(0, len(self), self._tile()):
             tile = slice(start, start + self._tile())
@@ -106,13 +98,17 @@ class PackedMasks:
             sums_QT[:, tile] = vectors_QW[:, : self.bits] @ bits.T
         return sums_QT
 
-    def word_sizes(self, vectors_QW: Tensor) -> Tensor:
-        """Return the sum of the magnitudes of every word of 32 numbers [Q, W / 32]."""
-        return vectors_QW.view(len(vectors_QW), -1, WORD).abs().sum(-1)
+    def large_sums(self, vectors_QW: Tensor, least_Q: Tensor) -> Tensor:
+        """Return ``sums`` of the numbers whose magnitude is above ``least_Q`` alone."""
+        return self.sums(torch.where(vectors_QW.abs() > least_Q[:, None], vectors_QW, 0))
 
-    def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
-        """Return what ``sums`` says of one vector and some masks [N]."""
-        return self._unpacked(self.packed_TB[tasks_N]) @ vector_W[: self.bits]
+    def sums_of(self, vectors_QW: Tensor, tasks_QN: Tensor) -> Tensor:
+        """Return what ``sums`` says of each vector and some masks of its own [Q, N]."""
+        sums = [
+            self._unpacked(self.packed_TB[tasks_N]) @ vector_W[: self.bits]
+            for vector_W, tasks_N in zip(vectors_QW, tasks_QN, strict=True)
+        ]
+        return torch.stack(sums)
 
     def logits(self, task: int, images_NP: Tensor) -> Tensor:
         """Return the output [N, S] of one mask's network."""
@@ -125,7 +121,7 @@ class PackedMasks:
     @property
     def _vector(self) -> int:
         """Entries of a vector: whole words."""
-        return self.bits + -self.bits % WORD
+        return self.bits + -self.bits % _WORD
 
     def _tile(self) -> int:
         """Return how many masks are unpacked at once."""
@@ -154,9 +150,9 @@ class LookupMasks(PackedMasks):
         if kernels is None:
             raise RuntimeError("this machine can't have the lookup kernels")
         self._kernels = kernels
-        # Half of the memory for the masks in the kernel's order, the rest for vectors.
+        # A third of the memory for the masks in either order, the rest for vectors.
         per_mask = 128 * self._chunks
-        self._at_once = max(_GROUP, memory_bytes // 2 // per_mask // _GROUP * _GROUP)
+        self._at_once = max(_GROUP, memory_bytes // 3 // per_mask // _GROUP * _GROUP)
 
     @staticmethod
     def fits(packed_TB: Tensor, dtype: torch.dtype) -> bool:
@@ -174,11 +170,9 @@ class LookupMasks(PackedMasks):
         )  # fmt: skip
         return total_1W
 
-    def sums(self, vectors_QW: Tensor, least_Q: Tensor | None = None) -> Tensor:
+    def sums(self, vectors_QW: Tensor) -> Tensor:
         """See ``PackedMasks.sums``."""
         queries = len(vectors_QW)
-        if least_Q is None:
-            least_Q = vectors_QW.new_zeros(queries)
         sums = []
         for words, masks in self._interleaved():
             groups = -(-masks // _GROUP)
@@ -190,7 +184,7 @@ class LookupMasks(PackedMasks):
             ) -> None:  # fmt: skip
                 sizes = (queries, self._chunks, groups, first, last)
                 self._kernels.lookup_sums(
-                    *map(native.pointer, (words, vectors_QW, least_Q)),
+                    *map(native.pointer, (words, vectors_QW)),
                     *map(ctypes.c_int64, sizes),
                     native.pointer(sums_QT),
                 )
@@ -199,25 +193,43 @@ class LookupMasks(PackedMasks):
             sums.append(sums_QT[:, :masks])
         return torch.cat(sums, dim=1)
 
-    def word_sizes(self, vectors_QW: Tensor) -> Tensor:
-        """See ``PackedMasks.word_sizes``."""
-        sizes_QD = vectors_QW.new_empty(len(vectors_QW), vectors_QW.shape[1] // WORD)
-        self._kernels.word_sizes(
-            native.pointer(vectors_QW),
-            ctypes.c_int64(sizes_QD.numel()),
-            native.pointer(sizes_QD),
-        )
-        return sizes_QD
+    def large_sums(self, vectors_QW: Tensor, least_Q: Tensor) -> Tensor:
+        """See ``PackedMasks.large_sums``."""
+        queries, width = vectors_QW.shape
+        sums = []
+        for columns_WG, masks in self._turned_over():
+            sums_QT = vectors_QW.new_empty(queries, columns_WG.shape[1] * _GROUP)
 
-    def sums_of(self, vector_W: Tensor, tasks_N: Tensor) -> Tensor:
+            def add_up(
+                first: int, last: int, columns_WG: Tensor = columns_WG, sums_QT: Tensor = sums_QT
+            ) -> None:
+                groups = columns_WG.shape[1]
+                bounds = (first, last, 0, groups) if queries > 1 else (0, 1, first, last)
+                self._kernels.column_sums(
+                    *map(native.pointer, (columns_WG, vectors_QW, least_Q)),
+                    *map(ctypes.c_int64, (width, self.bits, groups, *bounds)),
+                    native.pointer(sums_QT),
+                )
+
+            _spread(add_up, queries if queries > 1 else columns_WG.shape[1])
+            sums.append(sums_QT[:, :masks])
+        return torch.cat(sums, dim=1)
+
+    def sums_of(self, vectors_QW: Tensor, tasks_QN: Tensor) -> Tensor:
         """See ``PackedMasks.sums_of``."""
-        tasks = tasks_N.contiguous()
-        sums_N = vector_W.new_empty(len(tasks))
-        self._kernels.sums_of(
-            *self._masks, native.pointer(tasks), ctypes.c_int64(len(tasks)),
-            *map(native.pointer, (vector_W, sums_N)),
-        )  # fmt: skip
-        return sums_N
+        tasks_QN = tasks_QN.contiguous()
+        sums_QN = vectors_QW.new_empty(tasks_QN.shape)
+        width, count = vectors_QW.shape[1], tasks_QN.shape[1]
+
+        def add_up(first: int, last: int) -> None:
+            self._kernels.sums_of(
+                *self._masks, native.pointer(tasks_QN), ctypes.c_int64(count),
+                native.pointer(vectors_QW), *map(ctypes.c_int64, (width, first, last)),
+                native.pointer(sums_QN),
+            )  # fmt: skip
+
+        _spread(add_up, len(vectors_QW))
+        return sums_QN
 
     def logits(self, task: int, images_NP: Tensor) -> Tensor:
         """See ``PackedMasks.logits``."""
@@ -260,6 +272,27 @@ class LookupMasks(PackedMasks):
     @cached_property
     def _whole(self) -> Tensor:
         return self._interleave(self.packed_TB)
+
+    def _turned_over(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield tiles of the masks turned over [W, G], with the number of masks in each."""
+        if len(self) <= self._at_once:
+            yield self._columns, len(self)
+            return
+        for packed_TB in torch.split(self.packed_TB, self._at_once):
+            yield self._turn_over(packed_TB), len(packed_TB)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self._turn_over(self.packed_TB)
+
+    def _turn_over(self, packed_TB: Tensor) -> Tensor:
+        columns_WG = torch.empty(self.bits, -(-len(packed_TB) // _GROUP), dtype=torch.int64)
+        self._kernels.turn_over(
+            native.pointer(packed_TB),
+            *map(ctypes.c_int64, (packed_TB.shape[1], len(packed_TB), self.bits // 8)),
+            native.pointer(columns_WG),
+        )
+        return columns_WG
 
     def _interleave(self, packed_TB: Tensor) -> Tensor:
         groups = -(-len(packed_TB) // _GROUP)

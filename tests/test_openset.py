@@ -171,7 +171,7 @@ def test_a_mask_may_be_replaced_and_pages_fill_up():
     assert len(members.scores(vector[0])) == len(packed)
     members.put(70, packed[70])
     everything = torch.arange(len(packed))
-    expected = plain.sums_of(vector[0], everything).numpy()
+    expected = plain.sums_of(vector, everything[None])[0].numpy()
     assert np.allclose(members.scores(vector[0]), -expected, rtol=1e-5, atol=1e-4)
 
 

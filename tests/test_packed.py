@@ -50,23 +50,40 @@ def test_sums_are_those_of_unpacked_masks(k, queries):
     expected = plain.sums(vectors[:, : plain.bits].double())
     torch.testing.assert_close(fast.sums(vectors).double(), expected, rtol=1e-5, atol=1e-3)
     some = torch.arange(k).flip(0)[: k // 2 + 1]
-    few = fast.sums_of(vectors[0], some).double()
+    few = fast.sums_of(vectors[:1], some[None])[0].double()
     torch.testing.assert_close(few, expected[0, some], rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("queries", [2, 20])
-def test_small_words_are_left_out(queries):
-    fast, plain = both(random_bank(70))
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("k", [1, 64, 70, 400])
+def test_small_numbers_are_left_out(queries, k):
+    fast, plain = both(random_bank(k))
     vectors = random_vectors(fast, queries)
-    sizes = fast.word_sizes(vectors)
-    torch.testing.assert_close(sizes, PackedMasks.word_sizes(plain, vectors))
-    least = sizes.sort(1).values[:, 200:202].mean(1)  # between two of them
-    padded = plain.vectors(queries)
-    padded[:, : plain.bits] = vectors[:, : plain.bits].double()
-    found, expected = fast.sums(vectors, least).double(), plain.sums(padded, least.double())
+    least = torch.linspace(1.5, 2.5, queries)
+    doubles = vectors[:, : plain.bits].double()
+    expected = plain.large_sums(doubles, least.double())
+    found = fast.large_sums(vectors, least).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
-    assert not torch.allclose(found, plain.sums(padded), atol=0.1)
+    assert not torch.allclose(found, plain.sums(doubles), atol=0.1)
+    everything = fast.large_sums(vectors, torch.full_like(least, -1)).double()
+    torch.testing.assert_close(everything, plain.sums(doubles), rtol=1e-5, atol=5e-3)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_large_sums_in_tiles_and_threads_are_the_same_bits():
+    packed = random_bank(300)
+    whole, _ = both(packed)
+    tiled, _ = both(packed, memory=1)
+    vectors, least = random_vectors(whole, 5), torch.ones(5)
+    expected = whole.large_sums(vectors, least)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(whole.large_sums(vectors, least), expected)
+        assert torch.equal(tiled.large_sums(vectors, least), expected)
+        assert torch.equal(whole.large_sums(vectors[2:3], least[2:3]), expected[2:3])
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -79,8 +96,9 @@ def test_the_first_layers_are_looked_at_alone(depth):
     expected = plain.sums(vectors[:, : plain.bits].double())
     torch.testing.assert_close(fast.sums(vectors).double(), expected, rtol=1e-5, atol=1e-3)
     some = torch.tensor([69, 0, 31])
-    few = fast.sums_of(vectors[2], some).double()
-    torch.testing.assert_close(few, expected[2, some], rtol=1e-5, atol=1e-3)
+    of_two = torch.stack([some, some.flip(0)])
+    few = fast.sums_of(vectors[1:], of_two).double()
+    torch.testing.assert_close(few, expected[1:].gather(1, of_two), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.usefixtures("kernels")
