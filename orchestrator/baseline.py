@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.blocks import evaluation_jobs, halves
+from orchestrator.blocks import halves
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import MetricSink
-from orchestrator.jobs import Failure, Job, should_cut
+from orchestrator.jobs import Failure, Job, given_up, tried_again
 from orchestrator.progress import Reporter
 from orchestrator.recoveries import Recoveries, recovery_metrics
 from orchestrator.results import Checkpoint, Results, field_metrics, metrics
@@ -29,11 +30,11 @@ from supsup.baselines.learner import Learned
 from supsup.baselines.shelf import Shelf
 from supsup.config import RunConfig
 from supsup.errors import BankError
-from supsup.evaluate import Evaluation, decisions_per_task, merge
+from supsup.evaluate import Evaluation
+from supsup.hopfield import Recovery
 from supsup.measures import AccuracyMatrix, Rates
-from supsup.sampling import sampled_tasks
 
-_TRAINED, _EVALUATED = "tasks trained", "tasks evaluated"
+_TRAINED = "tasks trained"
 #: A learner that forgets is asked about all tasks after each of so many, and at the checkpoints.
 _ALL_ROWS = 50
 
@@ -76,9 +77,9 @@ class BaselineJobs:
         self.first_block_at: float | None = None
         self._config, self._sizes, self._shelf, self._folder = config, sizes, shelf, folder
         self._tracker, self._reporter, self._put = tracker, reporter, put
-        self._workers, self._ahead = workers, ahead
+        self._ahead = ahead
         self._rule = rule_of(config.learner)
-        self._checkpoints = frozenset(checkpoints)
+        self._asked_at = frozenset(checkpoints)
         self._recoveries = Recoveries(folder.path / "evaluations")
         self._correct: dict[int, npt.NDArray[np.int64]] = {}
         self._take_stock(train)
@@ -87,15 +88,21 @@ class BaselineJobs:
         self._todo = deque(missing if train else ())
         self._running: set[int] = set()
         self._queue: deque[Job] = deque()
-        self._parts: dict[int, list[Answer]] = {}
-        self._unfinished = deque(checkpoints)
-        self._evaluated: dict[int, Evaluation | None] = {}
+        self._found: dict[int, list[Recovery]] = {}
         self._finished: dict[int, Checkpoint] = {}
         self._worker_seconds = 0.0
         reporter.start(_TRAINED, config.tasks, config.tasks - len(missing))
-        if self._infers:
-            reporter.start(_EVALUATED, sum(len(self._asked(k)) for k in checkpoints))
-        self._waiting = deque(k for k in checkpoints if not (k <= self.learned and self._settle(k)))
+        self._checkpoints = Checkpoints(
+            config=config,
+            numbers=checkpoints,
+            sizes=sizes,
+            folder=folder,
+            reporter=reporter,
+            workers=workers,
+            show=self._show,
+            unknown=self._unknown,
+        )
+        self._checkpoints.settle(self.learned)
 
     def _take_stock(self, train: bool) -> None:
         """Take in what is on disk; what can't be trusted is learned again, and what needs it."""
@@ -137,11 +144,7 @@ class BaselineJobs:
     def widest(self) -> int:
         """Jobs that can ever run side by side, at most; 0 if there is nothing to do."""
         tasks = min(1, len(self._todo)) if self._rule.forgets else len(self._todo)
-        return max([tasks, *(len(self._asked(k)) for k in self._waiting if self._infers)])
-
-    @property
-    def _infers(self) -> bool:
-        return self._config.scenario != "gg"
+        return max(tasks, self._checkpoints.widest)
 
     def results(self, name: str, dataset: str) -> Results | None:
         """Return what the run has to show so far; None before the first checkpoint."""
@@ -181,10 +184,6 @@ class BaselineJobs:
         rates_T[-len(correct) :] = correct / self._sizes[learned - len(correct) : learned]
         return rates_T
 
-    def _is_known(self, learned: int) -> bool:
-        """Say whether all tasks were asked about after so many, or none was forgotten."""
-        return not self._rule.forgets or len(self._correct[learned - 1]) == learned
-
     def extra_files(self, folder: Path) -> list[Path]:
         """Write what there is to show beside the results; return the paths."""
         return self._recoveries.table(sorted(self._finished), folder)
@@ -193,7 +192,7 @@ class BaselineJobs:
         """Start no more jobs; what workers have in hand is still taken."""
         self._todo.clear()
         self._queue.clear()
-        self._waiting.clear()
+        self._checkpoints.drop_rest()
 
     # --- JobSource -----------------------------------------------------------------------------
 
@@ -205,24 +204,21 @@ class BaselineJobs:
 
     def next_job(self) -> Job | None:
         """Return an evaluation that is due, else the next task whose needs are met."""
-        while not self._queue and self._waiting and self._waiting[0] <= self.learned:
-            self._open_checkpoint(self._waiting.popleft())
+        while not self._queue and (due := self._checkpoints.due(self.learned)) is not None:
+            self._open_checkpoint(due)
         if self._queue:
             return self._queue.popleft()
         if not self._todo or not self._can_start(self._todo[0]):
             return None
         task = self._todo.popleft()
-        look_back = task < _ALL_ROWS or task + 1 in self._checkpoints
+        look_back = task < _ALL_ROWS or task + 1 in self._asked_at
         return Job("learn", (task, self._trunk_for(task), look_back), tag=("learn", task))
 
     def _can_start(self, task: int) -> bool:
-        if not self._ahead and task >= self._next_checkpoint():
+        if not self._ahead and task >= self._checkpoints.next:
             return False
         needed = self._rule.needs(task)
         return needed is None or needed in self._correct
-
-    def _next_checkpoint(self) -> int:
-        return min([*self._parts, *self._waiting], default=self._config.tasks)
 
     def _trunk_for(self, task: int) -> Any:
         """Return a reference of the shared weights that a task is learned from."""
@@ -238,24 +234,19 @@ class BaselineJobs:
         if job.method == "learn":
             self._commit(result)
         else:
-            self._add(job.args[3], result)
+            self._add(result)
 
     def failed(self, job: Job, failure: Failure) -> None:
         """Note a job that is given up; what doesn't need it goes on."""
-        often = f" {failure.tries} times" if failure.tries > 1 else ""
-        text = f"{_describe(job)} failed{often}, given up: {failure.reason}"
+        text = given_up(_describe(job), failure)
         self.failures.append(text)
         self._reporter.note(text)
         if job.method != "learn":
-            learned = job.args[3]
-            self._unfinished = deque(k for k in self._unfinished if k != learned)
-            self._finish_those_that_can()
+            self._checkpoints.give_up(job.args[3])
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
-        cause = "its worker died" if failure.kind == "died" else failure.reason
-        how = "in smaller parts" if should_cut(failure.kind, job) else "again"
-        self._reporter.note(f"{_describe(job)} is tried {how}: {cause}")
+        self._reporter.note(tried_again(_describe(job), job, failure))
 
     # --- results -------------------------------------------------------------------------------
 
@@ -267,66 +258,33 @@ class BaselineJobs:
         if self.first_block_at is None:
             self.first_block_at = time.time()
         self._reporter.advance(_TRAINED, 1)
-        while not self._infers and self._waiting and self._waiting[0] <= self.learned:
-            self._settle(self._waiting.popleft())
+        if not self._checkpoints.infer:
+            self._checkpoints.settle(self.learned)
 
-    def _asked(self, learned: int) -> tuple[int, ...]:
-        return sampled_tasks(self._config.seed, learned, self._config.eval.tasks)
-
-    def _settle(self, learned: int) -> bool:
-        """Finish a checkpoint that needs no worker, if it is one; say whether it was."""
-        if not self._is_known(learned):
-            self._unfinished.remove(learned)
-            self._reporter.note(
-                f"not known after {learned} tasks: {self._config.learner} forgets, and was not "
-                "asked then; choose other numbers of eval.at, or begin again with another --name"
-            )
-            return True
-        if not self._infers:
-            self._finish(learned, None)
-            return True
-        asked = self._asked(learned)
-        stored = self._folder.read_evaluation(self._config.eval, learned, asked)
-        if stored is None:
-            return False
-        self._reporter.advance(_EVALUATED, len(asked))
-        self._finish(learned, stored)
-        return True
+    def _unknown(self, learned: int) -> str:
+        """Say why the tasks can't be asked about as they were after so many; "" if they can."""
+        if not self._rule.forgets or len(self._correct[learned - 1]) == learned:
+            return ""
+        return (
+            f"not known after {learned} tasks: {self._config.learner} forgets, and was not asked "
+            "then; choose other numbers of eval.at, or begin again with another --name"
+        )
 
     def _open_checkpoint(self, learned: int) -> None:
-        if self._settle(learned):
-            return
-        asked, settings = self._asked(learned), self._config.eval
         own = self._put([self._shelf.read(task).own for task in range(learned)])
         trunk = self._shelf.shared()
         shared = None if trunk is None else self._put(trunk)
-        self._parts[learned] = []
-        decisions = decisions_per_task(settings, int(self._sizes.max()))
-        for tasks in evaluation_jobs(asked, decisions, self._workers):
-            self._queue.append(_asking((settings, shared, own, learned, tasks)))
+        self._found[learned] = []
+        for tasks in self._checkpoints.open(learned):
+            self._queue.append(_asking((self._config.eval, shared, own, learned, tasks)))
 
-    def _add(self, learned: int, answer: Answer) -> None:
-        parts = self._parts[learned]
-        parts.append(answer)
-        self._reporter.advance(_EVALUATED, len(answer.evaluation.tasks))
-        if sum(len(part.evaluation.tasks) for part in parts) < len(self._asked(learned)):
-            return
-        whole = merge([part.evaluation for part in self._parts.pop(learned)])
-        found = [recovery for part in parts for recovery in part.recoveries]
+    def _add(self, answer: Answer) -> None:
+        learned = answer.evaluation.learned
+        found = self._found[learned]
+        found.extend(answer.recoveries)
         if found:
             self._recoveries.write(learned, found)
-        self._folder.write_evaluation(self._config.eval, whole)
-        self._finish(learned, whole)
-
-    def _finish(self, learned: int, evaluation: Evaluation | None) -> None:
-        self._evaluated[learned] = evaluation
-        self._finish_those_that_can()
-
-    def _finish_those_that_can(self) -> None:
-        """Show checkpoints in order: the measures of one look back at those before."""
-        while self._unfinished and self._unfinished[0] in self._evaluated:
-            learned = self._unfinished.popleft()
-            self._show(learned, self._evaluated.pop(learned))
+        self._checkpoints.add(answer.evaluation)
 
     def _show(self, learned: int, evaluation: Evaluation | None) -> None:
         scenario, settings = self._config.scenario, self._config.eval

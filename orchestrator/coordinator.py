@@ -13,21 +13,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orchestrator.blocks import LearnedPrefix, evaluation_jobs, halves, remaining
+from orchestrator.blocks import LearnedPrefix, halves, remaining
 from orchestrator.chain import Chain
-from orchestrator.jobs import Failure, Job, should_cut
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.jobs import Failure, Job, given_up, tried_again
 from orchestrator.progress import Reporter
 from orchestrator.results import Checkpoint, Results, field_metrics, metrics
 from orchestrator.runfolder import RunFolder
 from supsup.bank import Bank, Stock
 from supsup.config import RunConfig
-from supsup.evaluate import Evaluation, decisions_per_task, merge
-from supsup.sampling import sampled_tasks
+from supsup.evaluate import Evaluation
 from supsup.storage import mask_storage
 from supsup.train import TrainedBlock
 from supsup.transfer import LegacyStore, chained
 
-_TRAINED, _EVALUATED = "tasks trained", "tasks evaluated"
+_TRAINED = "tasks trained"
 
 
 class MetricSink(Protocol):
@@ -76,7 +76,7 @@ class RunJobs:
         self._config, self._bank, self._folder = config, bank, folder
         self._sizes = bank.manifest.sizes(config.tasks)
         self._tracker, self._reporter, self._put = tracker, reporter, put
-        self._workers, self._ahead = workers, ahead
+        self._ahead = ahead
         for damage in stock.damaged if train else ():
             moved = bank.set_aside(damage)
             reporter.note(f"damaged: {damage}; moved to {moved}, its tasks are trained again")
@@ -96,17 +96,20 @@ class RunJobs:
             )
         self._todo = deque(missing)
         self._queue: deque[Job] = deque()
-        self._parts: dict[int, list[Evaluation]] = {}
-        self._unanswered: dict[int, int] = {}
-        self._unfinished = deque(checkpoints)
-        self._evaluated: dict[int, Evaluation | None] = {}
         self._finished: dict[int, Checkpoint] = {}
         self._worker_seconds = 0.0
         self._warned: set[str] = set()
         reporter.start(_TRAINED, config.tasks, config.tasks - sum(len(block) for block in missing))
-        if config.scenario != "gg":
-            reporter.start(_EVALUATED, sum(len(self._asked(k)) for k in checkpoints))
-        self._waiting = deque(k for k in checkpoints if not (k <= self.learned and self._settle(k)))
+        self._checkpoints = Checkpoints(
+            config=config,
+            numbers=checkpoints,
+            sizes=self._sizes,
+            folder=folder,
+            reporter=reporter,
+            workers=workers,
+            show=self._show,
+        )
+        self._checkpoints.settle(self.learned)
 
     @property
     def learned(self) -> int:
@@ -116,7 +119,7 @@ class RunJobs:
     @property
     def widest(self) -> int:
         """Jobs that can ever run side by side, at most; 0 if there is nothing to do."""
-        return max([self._startable(), *(len(self._asked(k)) for k in self._waiting)])
+        return max(self._startable(), self._checkpoints.widest)
 
     def results(self, name: str, dataset: str) -> Results | None:
         """Return what the run has to show so far; None before the first checkpoint."""
@@ -139,7 +142,7 @@ class RunJobs:
         """Start no more jobs; what workers have in hand is still taken."""
         self._todo.clear()
         self._queue.clear()
-        self._waiting.clear()
+        self._checkpoints.drop_rest()
 
     # --- JobSource -----------------------------------------------------------------------------
 
@@ -155,11 +158,11 @@ class RunJobs:
 
     def next_job(self) -> Job | None:
         """Return an evaluation that is due, else the next block."""
-        while not self._queue and self._waiting and self._waiting[0] <= self.learned:
-            self._open_checkpoint(self._waiting.popleft())
+        while not self._queue and (due := self._checkpoints.due(self.learned)) is not None:
+            self._open_checkpoint(due)
         if self._queue:
             return self._queue.popleft()
-        if self._startable() and (self._ahead or self._todo[0].start < self._next_checkpoint()):
+        if self._startable() and (self._ahead or self._todo[0].start < self._checkpoints.next):
             block = self._todo.popleft()
             return self._chain.job(block) if self._chain else _training(block)
         return None
@@ -174,25 +177,22 @@ class RunJobs:
             if self._chain:
                 self._chain.committed(job.tag[1])
         else:
-            self._add(result)
+            self._checkpoints.add(result)
 
     def failed(self, job: Job, failure: Failure) -> None:
         """Note a job that is given up; the others go on."""
-        often = f" {failure.tries} times" if failure.tries > 1 else ""
-        text = f"{_describe(job)} failed{often}, given up: {failure.reason}"
+        text = given_up(_describe(job), failure)
         self.failures.append(text)
         self._reporter.note(text)
         if job.method == "evaluate":
-            self._give_up(job.args[2])
+            self._checkpoints.give_up(job.args[2])
         elif self._chain and self._todo:
             self._reporter.note(f"{len(self._todo)} blocks behind it start from it: left out")
             self._todo.clear()
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
-        cause = "its worker died" if failure.kind == "died" else failure.reason
-        how = "in smaller parts" if should_cut(failure.kind, job) else "again"
-        self._reporter.note(f"{_describe(job)} is tried {how}: {cause}")
+        self._reporter.note(tried_again(_describe(job), job, failure))
 
     # --- results -------------------------------------------------------------------------------
 
@@ -216,63 +216,14 @@ class RunJobs:
         room = self._gg_correct[first : first + len(correct_T)]
         room[:] = correct_T[: len(room)]
 
-    def _next_checkpoint(self) -> int:
-        """Return the number of tasks of the first checkpoint that is not finished."""
-        return min([*self._parts, *self._waiting], default=self._config.tasks)
-
-    def _asked(self, learned: int) -> tuple[int, ...]:
-        return sampled_tasks(self._config.seed, learned, self._config.eval.tasks)
-
-    def _settle(self, learned: int) -> bool:
-        """Finish a checkpoint that needs no worker, if it is one; say whether it was."""
-        if self._config.scenario == "gg":
-            self._finish(learned, None)
-            return True
-        asked = self._asked(learned)
-        stored = self._folder.read_evaluation(self._config.eval, learned, asked)
-        if stored is None:
-            return False
-        self._reporter.advance(_EVALUATED, len(asked))
-        self._finish(learned, stored)
-        return True
-
     def _open_checkpoint(self, learned: int) -> None:
         """Queue the jobs of a checkpoint. They alone hold the reference of its masks."""
-        if self._settle(learned):
-            return
-        asked, settings = self._asked(learned), self._config.eval
         rows = self._bank.read(range(learned))
         masks = self._put(rows.masks)
         norm = (None, self._put(rows.statistics)) if self._bank.manifest.statistics else ()
-        self._parts[learned], self._unanswered[learned] = [], len(asked)
-        decisions = decisions_per_task(settings, int(self._sizes.max()))
-        for tasks in evaluation_jobs(asked, decisions, self._workers):
-            args = (settings, masks, learned, tasks, *norm)
+        for tasks in self._checkpoints.open(learned):
+            args = (self._config.eval, masks, learned, tasks, *norm)
             self._queue.append(_evaluation(tasks, args))
-
-    def _add(self, part: Evaluation) -> None:
-        learned = part.learned
-        self._parts[learned].append(part)
-        self._unanswered[learned] -= len(part.tasks)
-        self._reporter.advance(_EVALUATED, len(part.tasks))
-        if not self._unanswered[learned]:
-            whole = merge(self._parts.pop(learned))
-            self._folder.write_evaluation(self._config.eval, whole)
-            self._finish(learned, whole)
-
-    def _finish(self, learned: int, evaluation: Evaluation | None) -> None:
-        """Finish a checkpoint once those before it are: its measures look back at them."""
-        self._evaluated[learned] = evaluation
-        while self._unfinished and self._unfinished[0] in self._evaluated:
-            first = self._unfinished.popleft()
-            self._show(first, self._evaluated.pop(first))
-
-    def _give_up(self, learned: int) -> None:
-        """Let the checkpoints behind one that can't be evaluated go on without it."""
-        if learned in self._unfinished:
-            self._unfinished.remove(learned)
-        if self._unfinished and self._unfinished[0] in self._evaluated:
-            self._finish(self._unfinished[0], self._evaluated[self._unfinished[0]])
 
     def _show(self, learned: int, evaluation: Evaluation | None) -> None:
         rates_T = self._gg_correct[:learned] / self._sizes[:learned]

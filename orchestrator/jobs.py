@@ -96,6 +96,19 @@ def should_cut(kind: Kind, job: Job) -> bool:
     return kind == "memory" and job.cut is not None
 
 
+def given_up(what: str, failure: Failure) -> str:
+    """Return the line on a job that will not be tried again."""
+    often = f" {failure.tries} times" if failure.tries > 1 else ""
+    return f"{what} failed{often}, given up: {failure.reason}"
+
+
+def tried_again(what: str, job: Job, failure: Failure) -> str:
+    """Return the line on a job that will be tried again."""
+    cause = "its worker died" if failure.kind == "died" else failure.reason
+    how = "in smaller parts" if should_cut(failure.kind, job) else "again"
+    return f"{what} is tried {how}: {cause}"
+
+
 def is_broken(deaths_in_a_row: int, workers: int) -> bool:
     """Decide whether workers die so often that trying on is pointless."""
     return deaths_in_a_row > max(MAX_DEATHS_IN_A_ROW, MAX_DEATHS_PER_WORKER * workers)

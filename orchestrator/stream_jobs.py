@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.coordinator import MetricSink
-from orchestrator.jobs import Failure, Job
+from orchestrator.jobs import Failure, Job, given_up, tried_again
 from orchestrator.progress import Reporter
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream_book import CHECKED, EVALUATED, StreamBook, evaluations, store
@@ -137,15 +137,14 @@ class StreamJobs:
     def failed(self, job: Job, failure: Failure) -> None:
         """Note a job that is given up: nothing can follow it."""
         self._at_work -= 1
-        text = f"{_describe(job)} failed, given up: {failure.reason}"
+        text = given_up(_describe(job), failure)
         self.failures.append(text)
         self._reporter.note(text)
         self.drop_rest()
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
-        cause = "its worker died" if failure.kind == "died" else failure.reason
-        self._reporter.note(f"{_describe(job)} is tried again: {cause}")
+        self._reporter.note(tried_again(_describe(job), job, failure))
 
     # --- what comes next -----------------------------------------------------------------------
 

@@ -156,6 +156,22 @@ def test_checkpoints_are_finished_in_order_and_one_that_fails_holds_up_none(
     assert expected == pytest.approx(notes.values[8]["gnu/accuracy"])
 
 
+def test_a_checkpoint_that_is_given_up_lets_training_go_on(quick, bank, worker):
+    """Where training waits for evaluations (a pruned sweep), it must not wait for this one."""
+    notes = Notes()
+    jobs = make_jobs(quick, bank, notes, at=(4, 8), ahead=False)
+    late = []
+    while job := jobs.next_job():
+        if job.tag[:2] == ("evaluate", 4):
+            late = late or [worker.evaluate(*job.args)]
+            jobs.failed(job, Failure("raised", "no memory"))
+        else:
+            jobs.done(job, getattr(worker, job.method)(*job.args))
+    assert jobs.learned == 8
+    jobs.done(Job("evaluate", (), tag=("evaluate", 4, ())), late[0])  # it was in some worker's hand
+    assert set(notes.values) == {8}
+
+
 def cut_up(job, do):
     """Do a job in the smallest parts that it can be cut into."""
     if job.cut is None:
