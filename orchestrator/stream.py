@@ -19,10 +19,8 @@ import ray
 import torch
 from torch import Tensor
 
-from orchestrator.coordinator import MetricSink
 from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
-from orchestrator.runfolder import RunFolder
 from orchestrator.stream_book import (
     CHECKED,
     EVALUATED,
@@ -35,7 +33,7 @@ from orchestrator.stream_report import StreamResults
 from orchestrator.worker import THREADS
 from supsup.apprentice import MaskState
 from supsup.bank import Bank
-from supsup.config import EvalConfig, RunConfig
+from supsup.config import EvalConfig
 from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation, merge
 from supsup.members import PAGE, Packed, Scores
@@ -115,28 +113,9 @@ class RemoteTrainer:
 class StreamRun:
     """An open-set run: its stream, its checkpoints, and in the end its bank."""
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        checkpoints: Sequence[int],
-        data: Dataset,
-        bank: Bank,
-        folder: RunFolder,
-        tracker: MetricSink,
-        reporter: Reporter,
-    ) -> None:
-        """Take stock of the ledger: see ``StreamBook``."""
-        self._config, self._data, self._bank, self._reporter = config, data, bank, reporter
-        self._book = StreamBook(
-            config=config,
-            checkpoints=checkpoints,
-            data=data,
-            bank=bank,
-            folder=folder,
-            tracker=tracker,
-            reporter=reporter,
-        )
+    def __init__(self, book: StreamBook) -> None:
+        """Take the run's book."""
+        self._book = book
 
     @property
     def settled(self) -> bool:
@@ -170,29 +149,29 @@ class StreamRun:
             if not book.over:
                 self._learn(crew)
             if book.unfilled():
-                fill_bank(crew, self._bank, book.masks_now(), book.owners, self._reporter)
+                fill_bank(crew, book.bank, book.masks_now(), book.owners, book.reporter)
         book.close()
         return book.results()
 
     def _learn(self, crew: Crew) -> None:
         # As in a worker: the bits of a decision don't depend on this machine's cores.
         torch.set_num_threads(THREADS)
-        ledger = self._book.ledger
+        book, ledger = self._book, self._book.ledger
         learner = OpenSetLearner(
-            self._config, self._data, ShardedMembers(crew), RemoteTrainer(crew), ledger.state
+            book.config, book.data, ShardedMembers(crew), RemoteTrainer(crew), ledger.state
         )
         learner.restore(ledger.steps, dict(ledger.masks()))
-        for segment in ahead(self._book.stream, ledger.segments):
-            self._book.commit(learner.learn(segment))
+        for segment in ahead(book.stream, ledger.segments):
+            book.commit(learner.learn(segment))
             self._evaluate(crew, learner.masks)
 
     def _evaluate(self, crew: Crew, masks: Callable[[], Packed]) -> None:
         """Evaluate at the checkpoints that the last step passed, if any."""
-        book, settings = self._book, self._config.eval
+        book = self._book
         while (learned := book.to_evaluate()) is not None:
             asked, owners_K = book.asked(learned), book.owners
             found = evaluate_masks(
-                crew, settings, self._data, masks(), owners_K, learned, asked, self._reporter
+                crew, book.config.eval, book.data, masks(), owners_K, learned, asked, book.reporter
             )
             book.evaluated(found)
 

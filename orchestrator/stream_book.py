@@ -65,8 +65,8 @@ class StreamBook:
         self.stream, self.ledger = Stream(config, data), Ledger(folder.path / "stream")
         self.learned_now = 0
         self.first_step_at: float | None = None
-        self._config, self._data, self._bank, self._folder = config, data, bank, folder
-        self._tracker, self._reporter = tracker, reporter
+        self.config, self.data, self.bank, self.reporter = config, data, bank, reporter
+        self._folder, self._tracker = folder, tracker
         self._mask_bytes = mask_bytes(layers_of(config, data))
         self._due = due(self.stream, checkpoints)
         self._tally, self._threshold = Tally(), Threshold(config.openset)
@@ -123,11 +123,11 @@ class StreamBook:
         self.learned_now += 1
         if self.first_step_at is None:
             self.first_step_at = time.time()
-        self._reporter.advance(LEARNED, 1)
+        self.reporter.advance(LEARNED, 1)
 
     def _take(self, step: Step) -> None:
         self._threshold.take(step)
-        self._tally.add(step, self.stream.truth(step.segment), self._config.train.batch_size)
+        self._tally.add(step, self.stream.truth(step.segment), self.config.train.batch_size)
         self._waiting.extend(self._due.get(step.segment, ()))
 
     # --- checkpoints ---------------------------------------------------------------------------
@@ -147,21 +147,21 @@ class StreamBook:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Store the evaluation that was asked for by ``to_evaluate``, and finish its checkpoint."""
-        self._folder.write_evaluation(self._config.eval, evaluation)
+        self._folder.write_evaluation(self.config.eval, evaluation)
         self._finish(evaluation)
 
     def asked(self, learned: int) -> tuple[int, ...]:
         """Return the tasks asked about, ascending: of those that went by, all or a sample."""
         number = next(n for n, ks in self._due.items() if learned in ks)
         gone = self.stream.finished_by(number)[:learned]
-        drawn = sampled_tasks(self._config.seed, learned, self._config.eval.tasks)
+        drawn = sampled_tasks(self.config.seed, learned, self.config.eval.tasks)
         return tuple(sorted(gone[place] for place in drawn))
 
     def _stored_evaluation(self, learned: int) -> Evaluation | None:
         asked = self.asked(learned)
-        stored = self._folder.read_evaluation(self._config.eval, learned, asked)
+        stored = self._folder.read_evaluation(self.config.eval, learned, asked)
         if stored is not None:
-            self._reporter.advance(EVALUATED, len(asked))
+            self.reporter.advance(EVALUATED, len(asked))
         return stored
 
     def _finish(self, evaluation: Evaluation | None) -> None:
@@ -184,10 +184,10 @@ class StreamBook:
             false_alarm=self._threshold.false_alarm,
         )
         self._finished.append(checkpoint)
-        values = metrics(checkpoint, self._config.eval)
+        values = metrics(checkpoint, self.config.eval)
         values["bank/bytes"] = float(tally.masks * self._mask_bytes)
         self._tracker.metrics(values, learned)
-        self._reporter.note(summary(checkpoint))
+        self.reporter.note(summary(checkpoint))
 
     # --- the bank ------------------------------------------------------------------------------
 
@@ -199,28 +199,28 @@ class StreamBook:
     def masks_now(self) -> Packed:
         """Return all masks [K, B] as the last step left them."""
         if self.over and not self.unfilled():
-            return self._bank.read(range(self.masks)).masks
+            return self.bank.read(range(self.masks)).masks
         return np.stack([packed_B for _, packed_B in self.ledger.masks()])
 
     def unfilled(self) -> list[slice]:
         """Return which masks the bank has still to get when the stream is over, a slice a block."""
-        return unfilled(self._bank, self.masks)
+        return unfilled(self.bank, self.masks)
 
     def close(self) -> None:
         """Remove what the bank holds now. Call it when the run is ``settled``."""
         self.ledger.clear()
-        self._mask_accuracy = mask_accuracy(self._bank, self.masks)
+        self._mask_accuracy = mask_accuracy(self.bank, self.masks)
 
     def results(self) -> StreamResults:
         """Return all that there is to show."""
         return StreamResults(
             name=self._folder.name,
-            dataset=self._config.dataset,
-            config=self._config,
+            dataset=self.config.dataset,
+            config=self.config,
             checkpoints=tuple(self._finished),
             decisions=tuple(self._tally.decisions),
             mask_accuracy=self._mask_accuracy,
-            test_images=len(self._data.test_labels),
+            test_images=len(self.data.test_labels),
         )
 
 

@@ -10,17 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.coordinator import MetricSink
 from orchestrator.jobs import Failure, Job, given_up, tried_again
-from orchestrator.progress import Reporter
-from orchestrator.runfolder import RunFolder
 from orchestrator.stream_book import CHECKED, EVALUATED, StreamBook, evaluations, store
 from orchestrator.stream_report import StreamResults
 from orchestrator.stretch import Chronicle, History
 from supsup.apprentice import MaskState
-from supsup.bank import Bank
-from supsup.config import RunConfig
-from supsup.datasets import Dataset
 from supsup.evaluate import Evaluation, merge
 from supsup.members import Packed
 from supsup.openset import Step
@@ -32,44 +26,16 @@ STRETCH = 10
 class StreamJobs:
     """The jobs of an open-set run, and what became of them."""
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        checkpoints: Sequence[int],
-        data: Dataset,
-        bank: Bank,
-        folder: RunFolder,
-        tracker: MetricSink,
-        reporter: Reporter,
-        put: Callable[[Any], Any],
-        workers: int,
-    ) -> None:
-        """Take stock of the ledger: see ``StreamBook``.
+    def __init__(self, book: StreamBook, put: Callable[[Any], Any], workers: int) -> None:
+        """Finish the run if no worker is needed for it.
 
         Args:
-            config: the resolved configuration.
-            checkpoints: numbers of tasks gone by to evaluate at, ascending.
-            data: the data set.
-            bank: the bank, locked by this process.
-            folder: where evaluations and the ledger are kept.
-            tracker: where metrics go.
-            reporter: where progress goes.
+            book: the run's book.
             put: stores an object for all workers and returns its reference.
             workers: how many work off the jobs.
         """
         self.failures: list[str] = []
-        self._config, self._data, self._bank = config, data, bank
-        self._reporter, self._put, self._workers = reporter, put, workers
-        self._book = StreamBook(
-            config=config,
-            checkpoints=checkpoints,
-            data=data,
-            bank=bank,
-            folder=folder,
-            tracker=tracker,
-            reporter=reporter,
-        )
+        self._book, self._put, self._workers = book, put, workers
         self._gone_before = self._book.tasks_gone
         self._queue: deque[Job] = deque()
         self._at_work = 0
@@ -129,8 +95,8 @@ class StreamJobs:
             self._add(result)
         else:
             masks_KB, part = job.args[0], slice(job.tag[1].start, job.tag[1].stop)
-            store(self._bank, part, masks_KB, result)
-            self._reporter.advance(CHECKED, len(result))
+            store(self._book.bank, part, masks_KB, result)
+            self._book.reporter.advance(CHECKED, len(result))
         if not self._queue and not self._at_work and self._book.settled:
             self._finish()
 
@@ -139,12 +105,12 @@ class StreamJobs:
         self._at_work -= 1
         text = given_up(_describe(job), failure)
         self.failures.append(text)
-        self._reporter.note(text)
+        self._book.reporter.note(text)
         self.drop_rest()
 
     def retrying(self, job: Job, failure: Failure) -> None:
         """Say that a job is tried again."""
-        self._reporter.note(tried_again(_describe(job), job, failure))
+        self._book.reporter.note(tried_again(_describe(job), job, failure))
 
     # --- what comes next -----------------------------------------------------------------------
 
@@ -162,11 +128,11 @@ class StreamJobs:
             self._plan_tests()
 
     def _plan_evaluation(self, learned: int) -> None:
-        book, settings = self._book, self._config.eval
+        book, settings = self._book, self._book.config.eval
         masks, owners = self._put(book.masks_now()), self._put(book.owners)
         jobs = evaluations(
             settings, masks, owners, learned, book.asked(learned),
-            len(self._data.test_labels), self._workers,
+            len(self._book.data.test_labels), self._workers,
         )  # fmt: skip
         self._parts, self._unanswered = [], len(jobs)
         self._queue.extend(
@@ -177,7 +143,7 @@ class StreamJobs:
     def _plan_tests(self) -> None:
         masks_KB, owners_K, parts = self._book.masks_now(), self._book.owners, self._book.unfilled()
         left = sum(part.stop - part.start for part in parts)
-        self._reporter.start(CHECKED, len(masks_KB), len(masks_KB) - left)
+        self._book.reporter.start(CHECKED, len(masks_KB), len(masks_KB) - left)
         self._queue.extend(
             Job(
                 "given",
@@ -215,7 +181,7 @@ class StreamJobs:
     def _add(self, part: Evaluation) -> None:
         self._parts.append(part)
         self._unanswered -= 1
-        self._reporter.advance(EVALUATED, len(part.tasks))
+        self._book.reporter.advance(EVALUATED, len(part.tasks))
         if not self._unanswered:
             self._book.evaluated(merge(self._parts))
 

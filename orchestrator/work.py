@@ -24,6 +24,7 @@ from orchestrator.reference import forward_transfer
 from orchestrator.results import Results, subject
 from orchestrator.runfolder import Launch, RunFolder
 from orchestrator.stream import StreamRun
+from orchestrator.stream_book import StreamBook
 from orchestrator.tracking import Store, Tracker
 from orchestrator.worker import WorkerSetup
 from supsup.bank import Bank, Stock
@@ -194,24 +195,17 @@ class RunWork:
         )
 
     def _stream_run(self, tracker: Tracker) -> StreamRun | ChunkedRun:
+        parts: dict[str, Any] = {
+            "config": self._config,
+            "data": self._data,
+            "bank": self._bank,
+            "folder": self._folder,
+            "tracker": tracker,
+            "reporter": self._reporter,
+        }
         if self._config.openset.chunks == 1:
-            return StreamRun(
-                config=self._config,
-                checkpoints=self._at,
-                data=self._data,
-                bank=self._bank,
-                folder=self._folder,
-                tracker=tracker,
-                reporter=self._reporter,
-            )
-        return ChunkedRun(
-            config=self._config,
-            data=self._data,
-            bank=self._bank,
-            folder=self._folder,
-            tracker=tracker,
-            reporter=self._reporter,
-        )
+            return StreamRun(StreamBook(checkpoints=self._at, **parts))
+        return ChunkedRun(**parts)
 
     def _run_pool(self, jobs: RunJobs | BaselineJobs) -> None:
         with self._workers() as start_worker:

@@ -17,6 +17,7 @@ from orchestrator.cluster import Cluster
 from orchestrator.coordinator import RunJobs
 from orchestrator.outbox import Outbox
 from orchestrator.runfolder import Launch, RunFolder
+from orchestrator.stream_book import StreamBook
 from orchestrator.stream_jobs import StreamJobs
 from orchestrator.work import git_commit, shelf_of
 from supsup.bank import Bank, locked
@@ -251,9 +252,8 @@ class SweepWork:
             "folder": folder,
             "tracker": ears,
             "reporter": ears,
-            "put": self._workers.put,
-            "workers": self._cluster.workers,
         }
+        workers: dict[str, Any] = {"put": self._workers.put, "workers": self._cluster.workers}
         stock = bank.stock()
         if ready.config.scenario == "nns":
             if stock.damaged:
@@ -261,14 +261,14 @@ class SweepWork:
                     f"damaged: {stock.damaged[0]}; a mask of an open-set run can't be trained "
                     f"again alone: remove {folder.path} to begin again"
                 )
-            return StreamJobs(data=self._site.data(ready.config), **parts)
+            return StreamJobs(StreamBook(data=self._site.data(ready.config), **parts), **workers)
         search = self._spec.search
         ahead = search is None or not search.pruned
         if ready.config.learner == "supsup":
-            return RunJobs(stock=stock, ahead=ahead, **parts)
+            return RunJobs(stock=stock, ahead=ahead, **parts, **workers)
         del parts["bank"]
         sizes = bank.manifest.sizes(ready.config.tasks)
-        return BaselineJobs(sizes=sizes, shelf=shelf_of(bank), ahead=ahead, **parts)
+        return BaselineJobs(sizes=sizes, shelf=shelf_of(bank), ahead=ahead, **parts, **workers)
 
     def _manifest(self, ready: Ready) -> Manifest:
         """Return a bank's manifest, with the task count of whoever began it."""

@@ -11,6 +11,7 @@ from orchestrator.cluster import put_data
 from orchestrator.crew import Crew
 from orchestrator.runfolder import RunFolder
 from orchestrator.stream import StreamRun
+from orchestrator.stream_book import StreamBook
 from orchestrator.stream_report import metrics
 from orchestrator.worker import WorkerSetup
 from supsup.apprentice import LocalTrainer, MaskState
@@ -78,7 +79,7 @@ def stream_run(path, config, data, sink: Silent) -> StreamRun | ChunkedRun:
     parts = {"config": config, "data": data, "bank": bank, "folder": folder}
     if config.openset.chunks > 1:
         return ChunkedRun(**parts, tracker=sink, reporter=sink)
-    return StreamRun(**parts, checkpoints=(2, 4), tracker=sink, reporter=sink)
+    return StreamRun(StreamBook(**parts, checkpoints=(2, 4), tracker=sink, reporter=sink))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 from orchestrator import stream_jobs
 from orchestrator.pool import Failure
 from orchestrator.runfolder import RunFolder
+from orchestrator.stream_book import StreamBook
 from orchestrator.stream_jobs import StreamJobs
 from orchestrator.worker import TaskWorker, WorkerSetup
 from supsup.bank import Bank
@@ -24,7 +25,7 @@ def jobs_of(path, config, data, sink, checkpoints=(2, 4)) -> StreamJobs:
     bank = (
         Bank.open(folder.path) if exists else Bank.create(folder.path, make_manifest(config, data))
     )
-    return StreamJobs(
+    book = StreamBook(
         config=config,
         checkpoints=checkpoints,
         data=data,
@@ -32,9 +33,8 @@ def jobs_of(path, config, data, sink, checkpoints=(2, 4)) -> StreamJobs:
         folder=folder,
         tracker=sink,
         reporter=sink,
-        put=lambda value: value,
-        workers=2,
     )
+    return StreamJobs(book, lambda value: value, 2)
 
 
 def worker_of(config, data) -> TaskWorker:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.runfolder import RunFolder
+from orchestrator.stream_book import StreamBook
 from orchestrator.stream_jobs import StreamJobs
 from supsup.bank import Bank
 from supsup.config import checkpoints
@@ -58,7 +59,7 @@ class Streams:
         folder, manifest = self.of(ready), make_manifest(ready.config, self.data)
         folder.path.mkdir(exist_ok=True)
         bank = Bank.open(folder.path) if folder.has_bank else Bank.create(folder.path, manifest)
-        jobs = StreamJobs(
+        book = StreamBook(
             config=ready.config,
             checkpoints=checkpoints(ready.config),
             data=self.data,
@@ -66,9 +67,8 @@ class Streams:
             folder=folder,
             tracker=ears,
             reporter=ears,
-            put=lambda value: value,
-            workers=1,
         )
+        jobs = StreamJobs(book, lambda value: value, 1)
         return Opened(jobs, setup_for(ready.config, manifest.weights_sha256), self.data)
 
     def of(self, ready):
