@@ -65,7 +65,9 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "fig5-batche": {
-        "base": {"tasks": 100, "eval.images": 20, "eval.at": [2, 5, 10, 25, 50, 75]},
+        "base": {
+            "tasks": 100, "eval.images": 20, "eval.at": [2, 5, 10, 25, 50, 75], "eval.depth": 0,
+        },
         "seeds": [0],
         "variants": {
             "batche-given": {"learner": "batche", "scenario": "gg"},
@@ -73,6 +75,9 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
             "batche-one-shot-128": {
                 "learner": "batche", "eval.methods": "h-one-shot", "eval.batch": 128,
                 "eval.images": 512,
+            },
+            "batche-first-layer": {
+                "learner": "batche", "eval.methods": "h-one-shot", "eval.depth": 1,
             },
             "batche-all": {"learner": "batche", "eval.methods": "h-all-masks"},
             "supsup-one-shot": {"eval.methods": "h-one-shot"},
@@ -98,6 +103,14 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
                 "h-one-shot", "g-one-shot", "h-shortlist", "g-shortlist", "h-sketch", "g-sketch",
                 "h-binary", "g-binary", "h-gradient-descent", "h-all-masks",
             ]
+        },
+    },
+    "inference-depth": {
+        "base": {"tasks": 250, "model.output_size": 500, "eval.images": 20, "eval.tasks": 100},
+        "seeds": [0, 1],
+        "grid": {
+            "eval.depth": [0, 1, 2],
+            "eval.methods": ["h-one-shot", "g-one-shot", "h-shortlist", "g-shortlist"],
         },
     },
     "images-per-decision": {
