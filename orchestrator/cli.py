@@ -365,12 +365,12 @@ def _again(command: str, name: str, runs_dir: str) -> str:
 
 
 def _open_bank(runs_dir: str, name: str) -> Any:
-    from orchestrator.runfolder import RunFolder
+    from orchestrator.runfolder import RunFolder, no_such
     from supsup.bank import Bank
 
     folder = RunFolder(Path(runs_dir), name)
     if not folder.path.is_dir():
-        raise UserError(f"there is no run {name} in {runs_dir}")
+        raise no_such("run", name, Path(runs_dir))
     return Bank.open(folder.path)
 
 

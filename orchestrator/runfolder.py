@@ -21,13 +21,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from supsup.bank import Bank
-from supsup.config import EvalConfig, RunConfig
-from supsup.errors import ConfigError, UserError
+from supsup.config import EvalConfig, RunConfig, method_parts
+from supsup.errors import ConfigError, UserError, near
 from supsup.evaluate import COUNTS, Evaluation
 from supsup.fields import from_dict, to_dict
 from supsup.files import write_atomically
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _EVAL = TypeAdapter(EvalConfig)
 #: The folder of sweeps among the runs.
 SWEEPS = "sweeps"
@@ -85,7 +85,7 @@ class RunFolder:
             body = json.loads(file.read_bytes())
             return Launch(**{**body, "config": from_dict(body["config"])})
         except FileNotFoundError:
-            raise UserError(f"there is no run {self.name} in {self.path.parent}") from None
+            raise no_such("run", self.name, self.path.parent) from None
         except OSError as error:
             raise UserError(f"{file} can't be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, UserError):
@@ -144,6 +144,13 @@ class RunFolder:
         return self.path / "evaluations" / f"k-{learned:09d}-{short}.json"
 
 
+def no_such(what: str, name: str, folder: Path) -> UserError:
+    """Return the error for a run or sweep that a folder lacks; names the one that was meant."""
+    there = [path.name for path in folder.glob("*") if path.is_dir()]
+    hint = near(name, there) or "; see its names, or give --runs-dir"
+    return UserError(f"there is no {what} {name} in {folder}{hint}")
+
+
 def check_name(what: str, name: str) -> None:
     """Check a name that becomes a folder's.
 
@@ -153,7 +160,7 @@ def check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{what} name is {_printable(name)}, must be 1 to 64 of A-Z a-z 0-9 . _ - "
-            "with no leading dot"
+            "with no leading dot or dash"
         )
 
 
@@ -184,7 +191,13 @@ def find_run(runs_dir: Path, fingerprint: str) -> str | None:
 def _settings(settings: EvalConfig) -> dict[str, Any]:
     """Return what shapes an evaluation of a given number of tasks."""
     body: dict[str, Any] = _EVAL.dump_python(settings, mode="json")
-    return {name: value for name, value in body.items() if name not in ("at", "memory_mb")}
+    algorithms = {method_parts(method)[1] for method in settings.methods}
+    unused = {"at", "memory_mb"}
+    if "sketch" not in algorithms:
+        unused.add("sketch")
+    if not algorithms & {"sketch", "shortlist"}:
+        unused.add("shortlist")
+    return {name: value for name, value in body.items() if name not in unused}
 
 
 def _printable(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.outbox import RECORDS, Address, Outbox, deliver
-from orchestrator.runfolder import SWEEPS, check_name
+from orchestrator.runfolder import SWEEPS, check_name, no_such
 from orchestrator.tracking import MlflowSink, Store, experiment_id, store_for
 from supsup.bank import locked
 from supsup.errors import BankError, RunFailed, UserError, one_line, redacted
@@ -89,7 +89,7 @@ def _groups(runs_dir: Path, names: Sequence[str]) -> list[_Group]:
     for name in wanted:
         check_name("run", name)
         if not (runs_dir / name).is_dir() and not (runs_dir / SWEEPS / name).is_dir():
-            raise UserError(f"there is no run or sweep {name} in {runs_dir}")
+            raise no_such("run or sweep", name, runs_dir)
     if not wanted or len(wanted) < len(names):
         return found
     return [group for group in found if group.folder.name in wanted]

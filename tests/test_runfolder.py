@@ -4,14 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
+from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run, no_such
 from supsup.config import RunConfig
 from supsup.errors import ConfigError, UserError
 from supsup.evaluate import Evaluation
 from supsup.fields import with_values
 
 
-@pytest.mark.parametrize("name", ["a", "permuted-mnist-0123abcd", "A_b.c-9", "x" * 64, "_", "-a"])
+@pytest.mark.parametrize("name", ["a", "permuted-mnist-0123abcd", "A_b.c-9", "x" * 64, "_"])
 def test_good_names(tmp_path, name):
     assert RunFolder(tmp_path, name).path == tmp_path / name
 
@@ -27,6 +27,7 @@ def test_good_names(tmp_path, name):
         "a/b",
         "/etc",
         ".hidden",
+        "-dash",
         "a\nb",
         "a\0b",
         "\x1b[31m",
@@ -89,6 +90,12 @@ def test_no_run(tmp_path):
         RunFolder(tmp_path, "a").read_launch()
 
 
+def test_a_run_that_is_not_there_is_told_from_one_that_is_meant(tmp_path):
+    (tmp_path / "digits-2").mkdir()
+    assert "did you mean digits-2?" in str(no_such("run", "digit-2", tmp_path))
+    assert str(no_such("run", "zzz", tmp_path)).endswith("see its names, or give --runs-dir")
+
+
 def test_evaluations_are_kept_by_setting(tmp_path):
     folder = RunFolder(tmp_path, "a")
     folder.path.mkdir()
@@ -104,9 +111,10 @@ def test_evaluations_are_kept_by_setting(tmp_path):
     assert dataclasses.replace(found, **arrays) == dataclasses.replace(evaluation, **arrays)
     np.testing.assert_array_equal(found.counts, counts)
     np.testing.assert_array_equal(found.confusions_X3, confusions)
-    elsewhere = dataclasses.replace(settings, at=(1, 2), memory_mb=64)
+    elsewhere = dataclasses.replace(settings, at=(1, 2), memory_mb=64, shortlist=3, sketch=0.5)
     assert folder.read_evaluation(elsewhere, 3, tasks) is not None
     assert folder.read_evaluation(dataclasses.replace(settings, images=7), 3, tasks) is None
+    assert folder.read_evaluation(dataclasses.replace(settings, depth=1), 3, tasks) is None
     assert folder.read_evaluation(settings, 2, tasks) is None
     assert folder.read_evaluation(settings, 3, (0, 1)) is None
     assert folder.read_evaluation(settings, 3, (0, 1, 2)) is None
