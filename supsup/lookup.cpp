@@ -109,13 +109,12 @@ void add_columns(const uint64_t* columns, int64_t groups, const Chosen& chosen, 
 extern "C" {
 
 // Words of masks [T, B] in the order in which `lookup_sums` reads them: [C, G, 32, 64], and one
-// more, since it reads from every byte on.
+// more, since it reads from every byte on. Writes masks first..last - 1 alone; what belongs to no
+// mask must be zero before.
 void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
-                uint32_t* words) {
+                int64_t first, int64_t last, uint32_t* words) {
   const int64_t groups = (masks + kGroup - 1) / kGroup, step = groups * kWords * kGroup;
-  const int64_t chunks = (bytes + 4 * kWords - 1) / (4 * kWords);
-  std::fill(words, words + chunks * step + 1, 0);
-  for (int64_t t = 0; t < masks; t++) {
+  for (int64_t t = first; t < last; t++) {
     const uint8_t* mask = packed_TB + t * stride;
     uint32_t* column = words + t / kGroup * kWords * kGroup + t % kGroup;
     for (int64_t d = 0; 4 * d < bytes; d++)

@@ -331,16 +331,15 @@ void add_columns(const uint64_t* columns, int64_t groups, const float* values,
 extern "C" {
 
 // Words of masks [T, B] in the order in which `lookup_sums` reads them: [C, G, 32, 64], and one
-// more, since it reads from every byte on.
+// more, since it reads from every byte on. Writes masks first..last - 1 alone; what belongs to no
+// mask must be zero before.
 void interleave(const uint8_t* packed_TB, int64_t stride, int64_t masks, int64_t bytes,
-                uint32_t* words) {
+                int64_t first, int64_t last, uint32_t* words) {
   const int64_t groups = (masks + kGroup - 1) / kGroup;
-  const int64_t chunks = (bytes + 4 * kWords - 1) / (4 * kWords);
-  std::fill(words, words + chunks * groups * kWords * kGroup + 1, 0);
-  for (int64_t g = 0; g < groups; g++)
+  for (int64_t g = first / kGroup; g * kGroup < last; g++)
     for (int64_t d = 0; 4 * d < bytes; d++) {
       uint32_t* row = words + (d / kWords * groups + g) * kWords * kGroup + d % kWords * kGroup;
-      for (int64_t t = g * kGroup; t < std::min(masks, (g + 1) * kGroup); t++)
+      for (int64_t t = std::max(first, g * kGroup); t < std::min(last, (g + 1) * kGroup); t++)
         row[t % kGroup] = word_of(packed_TB + t * stride, bytes, d);
     }
 }

@@ -18,7 +18,7 @@ from supsup.models import Layer
 from supsup.packed import PackedMasks, packed_masks
 
 #: Masks whose gradients are computed together; shards of a bank consist of whole pages.
-PAGE = 64
+PAGE = 256
 
 Packed = npt.NDArray[np.uint8]
 Scores = npt.NDArray[np.float32]
@@ -40,16 +40,18 @@ class LocalMembers:
     def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor], depth: int = 0) -> None:
         """Begin empty; see ``TaskInference``."""
         self._layers, self._weights, self._depth = layers, weights, depth
-        self._pages: list[Packed] = []
+        self._pages: list[PackedMasks] = []
         self._count = 0
-        self._page_of_tasks = torch.arange(PAGE)
 
     def put(self, mask: int, packed_B: Packed) -> None:
         """See ``Members``."""
         page, row = divmod(mask, PAGE)
         if page == len(self._pages):
-            self._pages.append(np.zeros((PAGE, mask_bytes(self._layers)), np.uint8))
-        self._pages[page][row] = packed_B
+            empty = torch.zeros(PAGE, mask_bytes(self._layers), dtype=torch.uint8)
+            masks = packed_masks(empty, self._weights, self._layers)
+            self._pages.append(masks.first_layers(self._depth))
+        self._pages[page].packed_TB.numpy()[row] = packed_B
+        self._pages[page].changed(row)
         self._count = max(self._count, mask + 1)
 
     def scores(self, factor_W: Tensor) -> Scores:
@@ -58,14 +60,9 @@ class LocalMembers:
         Args:
             factor_W: numbers per weight, padded as ``packed_masks`` wants them.
         """
-        factor_1W, tasks_1N = factor_W[None], self._page_of_tasks[None]
-        sums = [self._asked(page).sums_of(factor_1W, tasks_1N)[0] for page in self._pages]
+        sums = [page.sums(factor_W[None])[0] for page in self._pages]
         scores_K: Scores = -torch.cat(sums)[: self._count].numpy()
         return scores_K
-
-    def _asked(self, page: Packed) -> PackedMasks:
-        masks = packed_masks(torch.from_numpy(page), self._weights, self._layers)
-        return masks.first_layers(self._depth)
 
 
 class Superposition:

@@ -89,6 +89,9 @@ class PackedMasks:
             total_1W[0, : self.bits] += weights_N[part].to(self.dtype) @ bits
         return total_1W
 
+    def changed(self, task: int) -> None:
+        """Take notice that the bits of a mask are others now."""
+
     def sums(self, vectors_QW: Tensor) -> Tensor:
         """Return, for each vector and mask, the numbers [Q, T] of the bits that are set, added."""
         sums_QT = vectors_QW.new_empty(len(vectors_QW), len(self))
@@ -269,6 +272,12 @@ class LookupMasks(PackedMasks):
         for packed_TB in torch.split(self.packed_TB, self._at_once):
             yield self._interleave(packed_TB), len(packed_TB)
 
+    def changed(self, task: int) -> None:
+        """See ``PackedMasks.changed``."""
+        if "_whole" in self.__dict__:
+            self._write(self._whole, self.packed_TB, range(task, task + 1))
+        self.__dict__.pop("_columns", None)
+
     @cached_property
     def _whole(self) -> Tensor:
         return self._interleave(self.packed_TB)
@@ -296,13 +305,16 @@ class LookupMasks(PackedMasks):
 
     def _interleave(self, packed_TB: Tensor) -> Tensor:
         groups = -(-len(packed_TB) // _GROUP)
-        words = torch.empty(self._chunks * groups * 32 * _GROUP + 1, dtype=torch.int32)
-        self._kernels.interleave(
-            native.pointer(packed_TB),
-            *map(ctypes.c_int64, (packed_TB.shape[1], len(packed_TB), self.bits // 8)),
-            native.pointer(words),
-        )  # fmt: skip
+        words = torch.zeros(self._chunks * groups * 32 * _GROUP + 1, dtype=torch.int32)
+        self._write(words, packed_TB, range(len(packed_TB)))
         return words
+
+    def _write(self, words: Tensor, packed_TB: Tensor, tasks: range) -> None:
+        """Write some masks where they belong in the kernel's order."""
+        sizes = (packed_TB.shape[1], len(packed_TB), self.bits // 8, tasks.start, tasks.stop)
+        self._kernels.interleave(
+            native.pointer(packed_TB), *map(ctypes.c_int64, sizes), native.pointer(words)
+        )
 
 
 def _spread(work: Callable[[int, int], None], parts: int) -> None:

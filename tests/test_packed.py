@@ -102,6 +102,21 @@ def test_the_first_layers_are_looked_at_alone(depth):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_a_mask_that_changed_is_looked_at_anew():
+    packed, others = random_bank(100), random_bank(101)
+    fast, _ = both(packed)
+    vectors, least = random_vectors(fast, 2), torch.ones(2)
+    before = fast.sums(vectors), fast.large_sums(vectors, least)
+    for task in (0, 63, 99):
+        packed[task] = others[task]
+        fast.changed(task)
+    fresh, _ = both(packed.clone())
+    assert torch.equal(fast.sums(vectors), fresh.sums(vectors))
+    assert torch.equal(fast.large_sums(vectors, least), fresh.large_sums(vectors, least))
+    assert not torch.equal(before[0], fast.sums(vectors))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_little_memory_and_many_threads_change_no_bit():
     packed = random_bank(300)
     whole, _ = both(packed)
