@@ -126,6 +126,11 @@ class PackedMasks:
         """Entries of a vector: whole words."""
         return self.bits + -self.bits % _WORD
 
+    def _check(self, vectors_QW: Tensor) -> None:
+        """Raise ValueError where vectors have not the width of ``vectors``: kernels read it all."""
+        if vectors_QW.shape[1] != self._vector:
+            raise ValueError(f"vectors are {vectors_QW.shape[1]} wide, must be {self._vector}")
+
     def _tile(self) -> int:
         """Return how many masks are unpacked at once."""
         return max(1, self.memory_bytes // (4 * self.bits * self.dtype.itemsize))
@@ -175,6 +180,7 @@ class LookupMasks(PackedMasks):
 
     def sums(self, vectors_QW: Tensor) -> Tensor:
         """See ``PackedMasks.sums``."""
+        self._check(vectors_QW)
         queries = len(vectors_QW)
         sums = []
         for words, masks in self._interleaved():
@@ -198,6 +204,7 @@ class LookupMasks(PackedMasks):
 
     def large_sums(self, vectors_QW: Tensor, least_Q: Tensor) -> Tensor:
         """See ``PackedMasks.large_sums``."""
+        self._check(vectors_QW)
         queries, width = vectors_QW.shape
         sums = []
         for columns_WG, masks in self._turned_over():
@@ -220,6 +227,7 @@ class LookupMasks(PackedMasks):
 
     def sums_of(self, vectors_QW: Tensor, tasks_QN: Tensor) -> Tensor:
         """See ``PackedMasks.sums_of``."""
+        self._check(vectors_QW)
         tasks_QN = tasks_QN.contiguous()
         sums_QN = vectors_QW.new_empty(tasks_QN.shape)
         width, count = vectors_QW.shape[1], tasks_QN.shape[1]

@@ -102,6 +102,19 @@ def test_the_first_layers_are_looked_at_alone(depth):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_vectors_of_other_layers_are_refused():
+    fast, _ = both(random_bank(3))
+    short = fast.first_layers(1).vectors(1)
+    for ask in (
+        lambda: fast.sums(short),
+        lambda: fast.large_sums(short, torch.ones(1)),
+        lambda: fast.sums_of(short, torch.tensor([[0]])),
+    ):
+        with pytest.raises(ValueError, match="wide, must be"):
+            ask()
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_mask_that_changed_is_looked_at_anew():
     packed, others = random_bank(100), random_bank(101)
     fast, _ = both(packed)
