@@ -86,7 +86,8 @@ def quick() -> RunConfig:
 def open_config(quick):
     """Four tasks of 16x16 digits, 60 batches each, a decision every 20."""
     values = {
-        "scenario": "nns", "openset.depth": 1,
+        "scenario": "nns",
+        "openset.depth": 1,
         "dataset": "digits-16",
         "tasks": 4,
         "train.batches": 60,

@@ -15,7 +15,7 @@ from supsup.bank import Bank
 from supsup.errors import RunFailed
 from supsup.ledger import Ledger
 from supsup.manifest import make_manifest
-from supsup.members import PAGE, LocalMembers
+from supsup.members import PAGE, LocalMembers, Superposition
 from tests.streaming import Killed, Silent, crew_of, sha256, stream_run, values_of
 from tests.test_openset import LAYERS, WEIGHTS, random_bank
 
@@ -59,11 +59,15 @@ def test_shards_answer_bit_for_bit_as_one(monkeypatch, shards):
     packed = random_bank(3 * PAGE + 5)
     crew = Here([Shard() for _ in range(shards)])
     whole, sharded = LocalMembers(LAYERS, WEIGHTS), ShardedMembers(crew)
-    factor = torch.from_numpy(np.random.default_rng(1).normal(size=2**16)).float()
+    superposition = Superposition(LAYERS, WEIGHTS, 10)
+    for packed_B in packed[:5]:
+        superposition.add(packed_B)
+    factor = superposition.factor(torch.randn(4, 21, generator=torch.manual_seed(0)), 5)
+    assert factor.count_nonzero() > 1000
     for mask, packed_B in enumerate(packed):
         for members in (whole, sharded):
             members.put(mask, packed_B)
-        if mask in (3, 70, 150):
+        if mask in (3, PAGE + 6, 2 * PAGE + 22):
             assert np.array_equal(whole.scores(factor), sharded.scores(factor))
     crew.workers[0], crew.lives[0] = Shard(), 1  # one died, and another took its place
     for members in (whole, sharded):
