@@ -9,7 +9,7 @@ from sqlalchemy.engine import make_url
 
 from orchestrator.finding import Finding
 from supsup.errors import UserError, one_line
-from sweeps.study import check_storage, public
+from sweeps.storage import check_storage, public
 
 _SECONDS = 5
 

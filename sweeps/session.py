@@ -1,7 +1,7 @@
 """One sweep command's work from start to end: check, lock, plan, work, report.
 
 runs/sweeps/NAME/  sweep.json      what was asked for
-                   study.journal   the study, unless it is in a database (sweeps.study)
+                   study.journal   the study, unless it is in a database (sweeps.storage)
                    trials/NNNN/    what MLflow is to show of a trial
                    report/         tables and pictures
                    records.jsonl   what MLflow is to show of the sweep
@@ -34,17 +34,8 @@ from sweeps.plan import Cell, Plan, pruning
 from sweeps.presets import NAMES, preset
 from sweeps.progress import SweepProgress, progress
 from sweeps.spec import SweepSpec, read_spec, spec_of, to_tree
-from sweeps.study import (
-    JOURNAL,
-    Record,
-    SweepStudy,
-    check_storage,
-    in_turn,
-    open_storage,
-    public,
-    read_records,
-    repair,
-)
+from sweeps.storage import JOURNAL, check_storage, open_storage, public, repair
+from sweeps.study import Record, SweepStudy, in_turn, read_records
 from sweeps.tracking import Deliveries
 from sweeps.work import Options, Outcome, SweepWork, ending, outcome_of, parent_tracker, show
 

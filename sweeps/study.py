@@ -6,14 +6,11 @@ trials that it runs. A trial whose driver is gone is *adopted*: it goes on under
 that none is lost, none is done twice, and none stays running.
 """
 
-import os
-import socket
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -23,22 +20,16 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from supsup.errors import ConfigError, one_line
+from supsup.errors import ConfigError
 from supsup.fields import get_field
 from supsup.seeding import derive_seed
-from sweeps.patient import PatientStorage
+from sweeps.leases import is_alive, lease_name, my_lease
 from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, differences, spec_of, to_tree
 
-JOURNAL = "study.journal"
 _SEED = "seed"
-#: Seconds without a sign of a driver on another host, after which its trials are adopted.
-_SILENT_SECONDS = 3600.0
 #: Seconds between two signs of this driver.
 _SIGN_SECONDS = 30.0
 #: Seconds in which a driver that took a trial writes its lease.
@@ -74,118 +65,6 @@ class Record:
     reason: str
     fingerprint: str
     seconds: float | None
-
-
-# --- storage ---------------------------------------------------------------------------------
-
-
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """Open a database, or the journal in a sweep's folder.
-
-    Raises:
-        ConfigError: if the database can't be used; never shows a password.
-    """
-    if url is None:
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    check_storage(url)
-    pool = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        return PatientStorage(url, pool)
-    except ImportError as error:
-        raise ConfigError(
-            f"storage {public(url)} needs the driver {error.name or one_line(error)}, "
-            "which isn't installed; install it beside supsup"
-        ) from None
-    except (SQLAlchemyError, UnicodeError, RuntimeError, ValueError) as error:
-        secret = make_url(url).password
-        said = one_line(error)
-        said = said.replace(str(secret), "***") if secret else said
-        raise ConfigError(f"storage {public(url)} can't be used: {said}") from None
-
-
-def check_storage(url: str) -> None:
-    """Check a storage's address, without connecting.
-
-    Raises:
-        ConfigError: naming what is wrong; never shows a password.
-    """
-    try:
-        parsed = make_url(url)
-        _ = parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError, ValueError):
-        raise ConfigError(
-            "the storage must be postgresql://USER@HOST:PORT/DATABASE or sqlite:////PATH, with "
-            "@ and % in a password written as %40 and %25"
-        ) from None
-    except ImportError:
-        return  # Said with its name when it is opened.
-    if parsed.get_backend_name() not in ("postgresql", "sqlite"):
-        raise ConfigError(
-            f"storage {public(url)} is {parsed.get_backend_name()}, must be postgresql or sqlite"
-        )
-    if parsed.get_backend_name() == "sqlite":
-        _check_sqlite(Path(parsed.database or ""))
-
-
-def _check_sqlite(path: Path) -> None:
-    if not path.is_absolute():
-        raise ConfigError(f"the storage's path is {str(path)!r}, must be absolute: sqlite:////PATH")
-    if not path.parent.is_dir():
-        raise ConfigError(f"the storage's folder {path.parent} doesn't exist; create it")
-    if path.is_dir() or (path.exists() and not _looks_like_sqlite(path)):
-        raise ConfigError(f"the storage's file {path} is no SQLite database; give another")
-
-
-def _looks_like_sqlite(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(6) in (b"", b"SQLite")
-
-
-def public(url: str) -> str:
-    """Return a storage's address without its password."""
-    return make_url(url).render_as_string(hide_password=True)
-
-
-def repair(folder: Path) -> None:
-    """Cut off what a killed driver left: half a line, and the lock that it wrote under.
-
-    Hold the sweep's lock.
-    """
-    journal = folder / JOURNAL
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        content = journal.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(journal, whole)
-
-
-# --- leases ----------------------------------------------------------------------------------
-
-
-def my_lease() -> dict[str, Any]:
-    """Return what says who runs a trial."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "began": _process_start(os.getpid())}
-
-
-def is_alive(lease: Mapping[str, Any], host: str, last_sign: float, now: float) -> bool:
-    """Say whether a driver still runs: by its process here, by its signs elsewhere."""
-    if lease.get("host") == host:
-        return _process_start(int(lease["pid"])) == str(lease["began"])
-    return now - last_sign < _SILENT_SECONDS
-
-
-def _process_start(pid: int) -> str:
-    """Return when a process began, in clock ticks since boot; empty if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[19]
-
-
-def _lease_name(lease: Mapping[str, Any]) -> str:
-    return f"driver {lease['host']} {lease['pid']} {lease['began']}"
 
 
 # --- policy ----------------------------------------------------------------------------------
@@ -353,7 +232,7 @@ class SweepStudy:
         if lease is None:
             began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
             return time.time() - began > _LEASE_SECONDS
-        sign = self._study.user_attrs.get(_lease_name(lease), 0.0)
+        sign = self._study.user_attrs.get(lease_name(lease), 0.0)
         return not is_alive(lease, self._lease["host"], sign, time.time())
 
     def _take(self, trial: optuna.Trial, adopted: bool) -> Trial:
@@ -370,7 +249,7 @@ class SweepStudy:
         """Leave a sign of this driver, where other drivers look for it."""
         if self._shared and time.monotonic() - self._signed > _SIGN_SECONDS:
             self._signed = time.monotonic()
-            self._study.set_user_attr(_lease_name(self._lease), time.time())
+            self._study.set_user_attr(lease_name(self._lease), time.time())
 
     def note(self, number: int, key: str, value: Any) -> None:
         """Keep something with a trial."""

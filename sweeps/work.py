@@ -34,12 +34,7 @@ from sweeps.driver import Ears, Opened, Ready, SweepJobs, Tracks, TrialJobs, sta
 from sweeps.plan import pruning
 from sweeps.progress import SweepProgress
 from sweeps.spec import SweepSpec, to_tree
-from sweeps.study import (
-    Record,
-    SweepStudy,
-    Trial,
-    latest,
-)
+from sweeps.study import Record, SweepStudy, Trial, latest
 from sweeps.tracking import Deliveries, TrialTracker
 from sweeps.worker import setup_for
 

@@ -24,7 +24,8 @@ from sweeps.plan import Cell, bank_states
 from sweeps.presets import preset
 from sweeps.report import table, write
 from sweeps.spec import spec_of
-from sweeps.study import SweepStudy, open_storage
+from sweeps.storage import open_storage
+from sweeps.study import SweepStudy
 from sweeps.worker import SweepWorker, setup_for
 from tests.streaming import sha256
 from tests.test_sweep_driver import Notes

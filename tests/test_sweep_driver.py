@@ -24,7 +24,8 @@ from sweeps.plan import recorded_rates
 from sweeps.progress import SweepProgress
 from sweeps.report import write
 from sweeps.spec import spec_of
-from sweeps.study import SweepStudy, latest, open_storage
+from sweeps.storage import open_storage
+from sweeps.study import SweepStudy, latest
 from sweeps.work import Options
 from sweeps.worker import SweepWorker, setup_for
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from supsup.errors import ConfigError
-from sweeps import study as studies
+from sweeps.leases import is_alive, my_lease
 from sweeps.spec import spec_of
-from sweeps.study import SweepStudy, in_turn, is_alive, latest, my_lease, open_storage, repair
+from sweeps.storage import JOURNAL, open_storage, repair
+from sweeps.study import SweepStudy, in_turn, latest
 
 GRID = {
     "name": "s", "recipe": "permuted-digits", "seeds": [0, 1],
@@ -150,7 +151,7 @@ def test_a_lease_is_alive_with_its_process_or_by_its_signs():
 def test_half_a_line_and_a_lock_of_a_killed_driver_are_mended(tmp_path):
     study = open_study(tmp_path, GRID)
     finish(study, study.next())
-    journal = tmp_path / studies.JOURNAL
+    journal = tmp_path / JOURNAL
     with journal.open("ab") as file:
         file.write(b'{"op_code": 4, "wor')
     Path(f"{journal}.lock").symlink_to(journal)
