@@ -101,10 +101,14 @@ def decisions(config: RunConfig, data: Dataset, k: int, repeat: int, unpack: boo
     random = np.random.default_rng(0)
     packed = torch.from_numpy(random.integers(0, 256, (k, mask_bytes(layers)), dtype=np.uint8))
     weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, layers)]
-    engines = {"": TaskInference(packed, weights, layers, data.classes)}
+    engines = {
+        name: TaskInference(packed, weights, layers, data.classes, depth=depth)
+        for name, depth in (("", 0), (", first layer", 1))
+    }
     if unpack:
-        engines[", unpacked"] = TaskInference(packed, weights, layers, data.classes)
-        engines[", unpacked"].masks = PackedMasks(packed, weights, layers)
+        unpacked = TaskInference(packed, weights, layers, data.classes)
+        unpacked.masks = unpacked.asked = PackedMasks(packed, weights, layers)
+        engines[", unpacked"] = unpacked
     pixels = torch.from_numpy(data.test_images[:256]).float()[:, None]
     images = (pixels / data.scale - data.mean) / data.std
     results: Timings = {}

@@ -68,6 +68,7 @@ def row(config: RunConfig, tally: Tally) -> tuple[object, ...]:
 @click.option("--batches", default=300, show_default=True, help="batches per task")
 @click.option("--decide-every", default=30, show_default=True)
 @click.option("--look", default="first", show_default=True, type=click.Choice(["first", "both"]))
+@click.option("--depth", default=1, show_default=True, help="layers that decide; 0: all")
 @click.option("--stream", "streams", multiple=True, type=click.Choice(list(VISITS)))
 def main(
     data_dir: Path | None,
@@ -75,6 +76,7 @@ def main(
     batches: int,
     decide_every: int,
     look: str,
+    depth: int,
     streams: tuple[str, ...],
 ) -> None:
     """Learn streams of PermutedMNIST, LeNet s = 500, with fixed and with calibrated ε.
@@ -92,7 +94,7 @@ def main(
                 "scenario": "nns", "tasks": tasks, "model.output_size": 500,
                 "train.batches": batches, "openset.decide_every": decide_every,
                 "openset.stream": stream, "openset.threshold": threshold,
-                "openset.look": look,
+                "openset.look": look, "openset.depth": depth,
             }  # fmt: skip
             config = resolve_here(with_values(permuted_mnist(), values), data)
             print("| " + " | ".join(map(str, row(config, learn(config, data)))) + " |", flush=True)

@@ -8,7 +8,6 @@ Shapes: K masks, W numbers per weight.
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -39,9 +38,6 @@ from supsup.evaluate import Evaluation, merge
 from supsup.members import PAGE, Packed, Scores
 from supsup.openset import OpenSetLearner
 from supsup.streams import Segment, Stream
-
-#: Segments generated ahead of the learner.
-_AHEAD = 2
 
 
 class ShardedMembers:
@@ -97,16 +93,43 @@ class ShardedMembers:
         return members
 
 
+class Coming:
+    """The segments of a stream from one on, the next one generated when there is time for it."""
+
+    def __init__(self, stream: Stream, first: int) -> None:
+        """Begin with a segment's number."""
+        self._stream, self._next = stream, first
+        self._pool = ThreadPoolExecutor(1)
+        self._future: Future[Segment] | None = None
+
+    def prepare(self) -> None:
+        """Begin to generate the next segment, in a thread of its own."""
+        if self._future is None and self._next < len(self._stream):
+            self._future = self._pool.submit(self._stream.segment, self._next)
+
+    def __iter__(self) -> Iterator[Segment]:
+        """Yield the segments in order."""
+        with self._pool:
+            while self._next < len(self._stream):
+                self.prepare()
+                future, self._future = self._future, None
+                self._next += 1
+                if future is not None:
+                    yield future.result()
+
+
 class RemoteTrainer:
     """Trains masks on the first worker."""
 
-    def __init__(self, crew: Crew) -> None:
-        """Take the workers."""
-        self._crew = crew
+    def __init__(self, crew: Crew, meanwhile: Callable[[], None]) -> None:
+        """Take the workers, and what is to be done here while they train."""
+        self._crew, self._meanwhile = crew, meanwhile
 
     def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
         """See ``Trainer``."""
-        trained: MaskState = self._crew.call(0, "train_mask", mask, ray.put(segment), state)
+        reference = ray.put(segment)
+        self._meanwhile()
+        trained: MaskState = self._crew.call(0, "train_mask", mask, reference, state)
         return trained
 
 
@@ -157,11 +180,13 @@ class StreamRun:
         # As in a worker: the bits of a decision don't depend on this machine's cores.
         torch.set_num_threads(THREADS)
         book, ledger = self._book, self._book.ledger
+        coming = Coming(book.stream, ledger.segments)
+        trainer = RemoteTrainer(crew, coming.prepare)
         learner = OpenSetLearner(
-            book.config, book.data, ShardedMembers(crew), RemoteTrainer(crew), ledger.state
+            book.config, book.data, ShardedMembers(crew), trainer, ledger.state
         )
         learner.restore(ledger.steps, dict(ledger.masks()))
-        for segment in ahead(book.stream, ledger.segments):
+        for segment in coming:
             book.commit(learner.learn(segment))
             self._evaluate(crew, learner.masks)
 
@@ -224,15 +249,3 @@ def _in_turn(crew: Crew, method: str, jobs: Sequence[tuple[Any, ...]]) -> list[C
 def always(*args: Any) -> Callable[[], tuple[Any, ...]]:
     """Return a function that returns these arguments."""
     return lambda: args
-
-
-def ahead(stream: Stream, first: int) -> Iterator[Segment]:
-    """Yield the segments from one on, each generated while those before are learned."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: deque[Future[Segment]] = deque()
-        for number in range(first, len(stream)):
-            coming.append(pool.submit(stream.segment, number))
-            if len(coming) > _AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
