@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.drawing import as_csv, as_png, axis_scale, limits, spread_ticks
-from orchestrator.results import label, method_name
+from orchestrator.results import FEW_METHODS, label, method_name
 from supsup.config import EvalConfig, RunConfig
 from supsup.evaluate import Evaluation
 from supsup.files import write_atomically
@@ -102,7 +102,10 @@ def summary(checkpoint: StreamCheckpoint) -> str:
 
 
 def table(results: StreamResults) -> Table:
-    """Return the table of masks, errors and accuracy (in %) against tasks gone by."""
+    """Return the table of masks, errors and accuracy (in %) against tasks gone by.
+
+    A column per method, or a row where there are too many for a terminal.
+    """
     openset = results.config.openset
     shown = Table(
         title=f"{results.name}: no task named, stream {openset.stream}, {results.dataset}",
@@ -114,24 +117,34 @@ def table(results: StreamResults) -> Table:
     for name in ("tasks", "masks", "missed", "extra", "wrong"):
         shown.add_column(name, justify="right")
     methods = results.config.eval.methods
-    for method in methods:
-        name = method_name(method, results.config.eval).replace(" ", "\n", 1)
-        shown.add_column(f"NNs %\n{name}", justify="right")
+    names = [method_name(method, results.config.eval) for method in methods]
+    long = len(methods) > FEW_METHODS
+    if long:
+        shown.add_column("method")
+        shown.add_column("NNs %", justify="right")
+    for name in () if long else names:
+        shown.add_column("NNs %\n" + name.replace(" ", "\n", 1), justify="right")
     shown.add_column("margin\nknown\nnew", justify="right")
     for c in results.checkpoints:
-        row = [c.learned, c.masks, c.missed, c.false_new, c.wrong + c.late]
-        cells = [_cell(c.evaluation, method, results) for method in methods]
-        shown.add_row(*map(str, row), *cells, _margins(c.recent))
+        row = [str(n) for n in (c.learned, c.masks, c.missed, c.false_new, c.wrong + c.late)]
+        margins = _margins(c.recent)
+        cells = [_cell(c.evaluation, method, results, " " if long else "\n") for method in methods]
+        if not long:
+            shown.add_row(*row, *cells, margins)
+            continue
+        for name, cell in zip(names, cells, strict=True):
+            shown.add_row(*row, name, cell, margins)
+            row, margins = [""] * len(row), ""
     return shown
 
 
-def _cell(evaluation: Evaluation | None, method: str, results: StreamResults) -> str:
+def _cell(evaluation: Evaluation | None, method: str, results: StreamResults, between: str) -> str:
     if evaluation is None:
         return "-"
     text = f"{100 * evaluation.accuracy(method, _SHARED):.2f}"
     if evaluation.is_sample(results.test_images):
         width = evaluation.accuracy_half_width(method, _SHARED, results.test_images)
-        text += "\n± ?" if math.isnan(width) else f"\n± {100 * width:.2f}"
+        text += between + ("± ?" if math.isnan(width) else f"± {100 * width:.2f}")
     return text
 
 

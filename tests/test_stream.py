@@ -1,11 +1,14 @@
 """Open-set runs on Ray against the plain loop: same decisions, same masks, whatever happens."""
 
+import io
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from orchestrator.crew import Call
 from orchestrator.stream import ShardedMembers
@@ -13,6 +16,7 @@ from orchestrator.stream_report import table, write
 from orchestrator.worker import TaskWorker, WorkerSetup
 from supsup.bank import Bank
 from supsup.errors import RunFailed
+from supsup.fields import with_values
 from supsup.ledger import Ledger
 from supsup.manifest import make_manifest
 from supsup.members import PAGE, LocalMembers, Superposition
@@ -102,6 +106,14 @@ def test_a_run_on_ray_is_the_plain_loop(tmp_path, crew, learned, open_config, di
         "checkpoints.csv", "decisions.csv", "masks.png", "margins.png", "accuracy.png",
     }  # fmt: skip
     assert table(repeated).row_count == 2
+    many = {"eval.methods": "h-one-shot,g-one-shot,h-shortlist,g-shortlist,h-sketch"}
+    last = replace(results.checkpoints[-1], evaluation=None)
+    settings = with_values(open_config, many)
+    rows = table(replace(repeated, config=settings, checkpoints=(last,)))
+    assert rows.row_count == 5
+    console = Console(width=80, file=io.StringIO())
+    console.print(rows)
+    assert "…" not in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
