@@ -49,7 +49,7 @@ def sweep() -> None:
       fig6-lenet, fig6-fc       output size by objective, Figure 6
       open-set                  stream, threshold, epsilon, ends looked at
       objective-algorithm, images-per-decision, learning-rate-schedule,
-      shortlist-length, width, keep-fraction
+      inference-depth, shortlist-length, width, keep-fraction
     """  # noqa: D301
 
 
