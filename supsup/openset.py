@@ -43,6 +43,8 @@ LEAST_MASKS = 5
 #: Recent decisions of each kind that calibrate ε, and how many there must be.
 _RECENT: Mapping[str, int] = {"known": 256, "new": 64}
 _ENOUGH = 8
+#: Above this chance of a false alarm the margins of known and new data don't part.
+_MOST_FALSE_ALARM = 0.01
 #: Below this width in ln(margin - 1) a few equal margins would make ε certain of itself.
 _LEAST_WIDTH = 0.02
 
@@ -88,7 +90,8 @@ class Threshold:
     least and stands out least, and of allocations are each taken as normal, centre and width of
     recent ones by median and median absolute deviation; ε lies as many widths below the one as
     above the other, so that both errors are equally likely. The chance is ``false_alarm``. Until
-    there are enough of both, ε is the fixed one.
+    there are enough of both, and where they overlap so much that no ε tells them apart, ε is the
+    fixed one.
     """
 
     def __init__(self, openset: OpenSetConfig) -> None:
@@ -121,7 +124,8 @@ class Threshold:
         known, new = self._distributions()
         if not (self._calibrated and known and new):
             return self._fixed
-        return math.exp((new.mean * known.stdev + known.mean * new.stdev) / _widths(known, new))
+        between = (new.mean * known.stdev + known.mean * new.stdev) / _widths(known, new)
+        return math.exp(between) if known.cdf(between) < _MOST_FALSE_ALARM else self._fixed
 
     @property
     def false_alarm(self) -> float:

@@ -92,6 +92,19 @@ def test_a_calibrated_threshold_makes_both_errors_equally_likely():
     assert math.log(threshold.epsilon) == pytest.approx(ideal, abs=0.15)
 
 
+def test_where_margins_overlap_the_threshold_is_the_fixed_one():
+    threshold = Threshold(OpenSetConfig(threshold="calibrated", epsilon=0.125))
+    for value in normal(math.log(0.3), 0.3, 256):
+        threshold.observe(1 + math.exp(value), new=False)
+    for value in normal(math.log(0.2), 0.5, 64):
+        threshold.observe(1 + math.exp(value), new=True)
+    assert threshold.epsilon == 0.125
+    for value in normal(math.log(0.05), 0.1, 64):
+        threshold.observe(1 + math.exp(value), new=True)
+    assert 0.05 < threshold.epsilon < 0.3
+    assert threshold.epsilon != 0.125
+
+
 def test_only_the_first_recognition_of_a_mask_calibrates():
     threshold = Threshold(OpenSetConfig(threshold="calibrated", epsilon=0.3))
 
