@@ -274,13 +274,13 @@ def sketch(queries: Queries, objective: str) -> Tensor:
     size = min(queries.shortlist, len(masks))
     found = []
     for factors_QW in queries.engine.factors(queries.images_QNP, objective):
-        sums_QT = masks.large_sums(factors_QW, _least_of_largest(factors_QW, queries.sketch))
+        sums_QT = masks.large_sums(factors_QW, least_of_largest(factors_QW, queries.sketch))
         leading_QK = sums_QT.topk(size, dim=1, largest=False).indices
         found.append(leading_QK.gather(1, _lowest(masks.sums_of(factors_QW, leading_QK))))
     return torch.cat(found)
 
 
-def _least_of_largest(vectors_QW: Tensor, part: float) -> Tensor:
+def least_of_largest(vectors_QW: Tensor, part: float) -> Tensor:
     """Return what about so large a part of a vector's numbers exceed in magnitude [Q].
 
     Estimated from some thousands of them, evenly spread.

@@ -151,6 +151,14 @@ def test_only_the_general_engine_trains_what_the_fast_ones_are_not_made_for():
             resolve(with_values(config, {"train.engine": "dense"}), **here)
 
 
+def test_banks_from_before_a_field_was_there_keep_their_fingerprint():
+    values = {"scenario": "nns", "train.device": "cpu", "train.precision": "fp32"}
+    base = with_values(RunConfig(), {**values, "train.engine": "sparse"})
+    old = "c00893935696d03c63a5556738c0f083fc3043e0c9dc526c24e305f37b28cbf0"
+    assert fingerprint(base, "0" * 64) == old
+    assert fingerprint(with_values(base, {"openset.depth": 1}), "0" * 64) != old
+
+
 def test_the_fingerprint_needs_a_resolved_configuration():
     with pytest.raises(ValueError, match="resolve"):
         fingerprint(RunConfig(), DATA)

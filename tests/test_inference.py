@@ -8,7 +8,15 @@ import torch
 
 from supsup.config import Method
 from supsup.errors import ConfigError
-from supsup.inference import Queries, TaskInference, check_methods, entropy, infer, ranked
+from supsup.inference import (
+    Queries,
+    TaskInference,
+    check_methods,
+    entropy,
+    infer,
+    least_of_largest,
+    ranked,
+)
 from supsup.masking import pack, unpack
 from supsup.models import fixed_weights, make_layers
 
@@ -135,6 +143,28 @@ def test_sketch_is_one_shot_where_it_sees_everything():
     expected = infer(Queries(engine, x), "h-one-shot")
     assert torch.equal(infer(Queries(engine, x, 40, 1.0), "h-sketch"), expected)
     assert torch.equal(infer(Queries(engine, x, 40, 0.01), "h-sketch"), expected)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.05, 0.5])
+def test_the_bound_of_the_largest_numbers_keeps_their_part(part):
+    vectors = torch.from_numpy(np.random.default_rng(1).standard_t(3, size=(4, 235_200)))
+    least = least_of_largest(vectors, part)
+    kept = (vectors.abs() > least[:, None]).double().mean(1)
+    torch.testing.assert_close(kept, torch.full_like(kept, part), rtol=0.5, atol=0)
+    assert (least_of_largest(torch.zeros(1, 90), 1.0) < 0).all()  # all of them, zeros too
+
+
+@pytest.mark.parametrize("part", [0.02, 0.3])
+def test_the_sketch_ranks_by_the_largest_numbers_alone(part):
+    packed, x = bank(60), images(6, 2)
+    engine = TaskInference(packed, WEIGHTS, LAYERS, CLASSES, depth=1)
+    (factors_QW,) = engine.factors(x, "h")
+    bits_TW = unpack(packed, LAYERS, torch.float64)[0].flatten(1)
+    numbers_QW = factors_QW[:, : bits_TW.shape[1]]
+    least_Q1 = least_of_largest(factors_QW, part)[:, None]
+    expected = (torch.where(numbers_QW.abs() > least_Q1, numbers_QW, 0) @ bits_TW.T).argmin(1)
+    assert torch.equal(infer(Queries(engine, x, 1, part), "h-sketch"), expected)
+    assert not torch.equal(infer(Queries(engine, x), "h-one-shot"), expected)
 
 
 def test_binary_halves_by_the_gradient_of_what_is_left():

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -284,6 +285,17 @@ def test_known_data_after_the_last_batch_of_a_mask_leaves_it(open_config, digits
     steps = [recorder.learn(segment) for segment in segments]
     assert [step.mask for step in steps] == [0, 0, 0, 0]
     assert (steps[3].packed_B, steps[3].state, steps[3].batches) == (None, None, 0)
+
+
+def test_a_mask_whose_last_batch_falls_into_a_segment_takes_no_more(open_config, digits_16):
+    layers = layers_of(open_config, digits_16)
+    trainer, state = LocalTrainer(open_config, digits_16), initial_state(open_config, layers, 0)
+    state = replace(state, batches=open_config.train.batches - 13)
+    (long,) = segments_of(open_config, digits_16, 20, 1)
+    (short,) = segments_of(open_config, digits_16, 13, 1)
+    found, expected = trainer.train(0, long, state), trainer.train(0, short, state)
+    assert found.batches == open_config.train.batches
+    assert np.array_equal(found.scores_W, expected.scores_W)
 
 
 def test_a_constant_rate_has_no_end(open_config, digits_16):

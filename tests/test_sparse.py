@@ -62,6 +62,28 @@ def test_the_first_layer_is_that_of_float64(sparse, background):
         )
 
 
+def test_batches_are_listed_together_as_alone_and_last_until_the_second_next_call(
+    sparse, background
+):
+    engine, size = SparseEngine(Material(sparse, background)), sparse.train.batch_size
+    images = torch.from_numpy(background.train_images[: 4 * size])
+    labels = torch.from_numpy(background.train_labels[: 4 * size])
+    first = engine.batches(images[: 3 * size], labels[: 3 * size])
+    (other,) = engine.batches(images[3 * size :], labels[3 * size :])
+    for number, (pixels, y_B) in enumerate([*first, other]):
+        part = slice(number * size, (number + 1) * size)
+        assert torch.equal(y_B, labels[part])
+        (alone,) = engine._room(size)
+        engine._list(images[part], [alone])
+        pairs, entries = int(alone.row_start[-1]), int(alone.column_start[-1])
+        for name, length in (
+            ("row_start", size + 1), ("row_pair", pairs), ("row_value", pairs),
+            ("column_start", 65), ("column_image", entries), ("column_value", entries),
+        ):  # fmt: skip
+            mine, theirs = (getattr(lists, name)[:length] for lists in (pixels, alone))
+            assert mine.numpy().tolist() == theirs.numpy().tolist(), name
+
+
 def test_an_image_of_nothing_but_white_overflows_nothing(sparse, digits):
     white = [
         np.full((len(x), 320), 255, np.uint8) for x in (digits.train_images, digits.test_images)
