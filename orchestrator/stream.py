@@ -104,18 +104,21 @@ class Coming:
 
     def prepare(self) -> None:
         """Begin to generate the next segment, in a thread of its own."""
-        if self._future is None and self._next < len(self._stream):
-            self._future = self._pool.submit(self._stream.segment, self._next)
+        if self._next < len(self._stream):
+            self._begun()
 
     def __iter__(self) -> Iterator[Segment]:
         """Yield the segments in order."""
         with self._pool:
             while self._next < len(self._stream):
-                self.prepare()
-                future, self._future = self._future, None
-                self._next += 1
-                if future is not None:
-                    yield future.result()
+                segment = self._begun().result()
+                self._next, self._future = self._next + 1, None
+                yield segment
+
+    def _begun(self) -> Future[Segment]:
+        if self._future is None:
+            self._future = self._pool.submit(self._stream.segment, self._next)
+        return self._future
 
 
 class RemoteTrainer:
