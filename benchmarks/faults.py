@@ -23,7 +23,7 @@ import psutil
 from supsup.bank import Bank
 
 SUPSUP = str(Path(sys.executable).with_name("supsup"))
-_AGAIN = re.compile(r"^.* is tried .*$", re.MULTILINE)
+_AGAIN = re.compile(r"^.*: tried .*, since .*$", re.MULTILINE)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -44,7 +44,14 @@ def _of(pid: int, wanted: Callable[[str], bool]) -> list[psutil.Process]:
 class Command:
     """A run in a process of its own, killed and resumed."""
 
-    def __init__(self, runs_dir: Path, name: str, words: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        runs_dir: Path,
+        name: str,
+        words: Sequence[str],
+        log: Path,
+        behind: Sequence[str] = (),
+    ) -> None:
         """Start it.
 
         Args:
@@ -52,8 +59,10 @@ class Command:
             name: the run's name.
             words: what follows ``supsup run``.
             log: where what it says goes.
+            behind: a command that the run's own is put behind.
         """
         self.runs_dir, self.name, self.log = runs_dir, name, log
+        self._behind = behind
         self._where = ("--runs-dir", str(runs_dir))
         self.started = 0
         self.seen: dict[str, str] = {}
@@ -119,7 +128,7 @@ class Command:
         self.started += 1
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [SUPSUP, *words], stdout=log, stderr=log, start_new_session=True
+                [*self._behind, SUPSUP, *words], stdout=log, stderr=log, start_new_session=True
             )
 
 

@@ -34,6 +34,9 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Of workers and nodes that die, the run tells in its own words; many workers are meant.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated|worker died or was killed"
+    "|killed due to|processes have been started|IO worker",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

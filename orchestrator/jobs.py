@@ -1,5 +1,6 @@
 """Jobs of a pool, and the policy of what becomes of those that fail: plain functions, no loop."""
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -25,6 +26,9 @@ HUNG_TIMES, HUNG_SECONDS = 10.0, 300.0
 _KNOWN = 3
 #: Jobs that the median is taken over, the last ones.
 _LAST = 100
+#: What stands between our words on a death and Ray's; and where Ray says whose node it was.
+_RAY_SAYS = "; Ray says: "
+_NODE = re.compile(r"\bip:( \S+)")
 #: What follows a failure of a kind that is certain to come again: equal bits in, equal bits out.
 _CERTAIN = (NonFiniteLoss, UserError)
 
@@ -104,9 +108,9 @@ def given_up(what: str, failure: Failure) -> str:
 
 def tried_again(what: str, job: Job, failure: Failure) -> str:
     """Return the line on a job that will be tried again."""
-    cause = "its worker died" if failure.kind == "died" else failure.reason
+    cause = failure.reason.partition(_RAY_SAYS)[0]
     how = "in smaller parts" if should_cut(failure.kind, job) else "again"
-    return f"{what} is tried {how}: {cause}"
+    return f"{what}: tried {how}, since {cause}"
 
 
 def is_broken(deaths_in_a_row: int, workers: int) -> bool:
@@ -134,9 +138,13 @@ def _lacks_memory(error: BaseException) -> bool:
 
 
 def _cause_of_death(error: RayError) -> str:
-    """Return what Ray says of a death, without the actor's ids before it."""
+    """Return what ended a worker, and what Ray says of it, without the actor's ids before that."""
     said = one_line(error, 2000)
-    return said[max(0, said.find("The actor ", 1)) :][:300]
+    told = said[max(0, said.find("The actor ", 1)) :][:300]
+    if "its node has died" not in told:
+        return f"its worker died{_RAY_SAYS}{told}"
+    place = _NODE.search(said)
+    return f"its node{place[1] if place else ''} was lost{_RAY_SAYS}{told}"
 
 
 def queue_depth(left: int, workers: int) -> int:

@@ -178,7 +178,7 @@ def test_a_task_that_fails_is_given_up_and_the_others_go_on(make):
     jobs.failed(job, Failure("raised", "ValueError: no", tries=2))
     work(jobs, worker)
     assert jobs.failures == ["task 0 failed 2 times, given up: ValueError: no"]
-    assert "task 0 is tried again: its worker died" in notes.said
+    assert "task 0: tried again, since its worker died" in notes.said
     assert (jobs.learned, jobs.trained) == (0, 3)
     assert jobs.results("run", "") is None
 

@@ -207,8 +207,8 @@ def test_what_is_tried_again_or_given_up_is_said(quick, bank):
     jobs.retrying(job, Failure("memory", "OutOfMemoryError: CUDA"))
     jobs.failed(job, Failure("hung", "no result after 300 s", tries=2))
     assert notes.lines == [
-        "tasks 0 to 2 is tried again: its worker died",
-        "tasks 0 to 2 is tried in smaller parts: OutOfMemoryError: CUDA",
+        "tasks 0 to 2: tried again, since its worker died",
+        "tasks 0 to 2: tried in smaller parts, since OutOfMemoryError: CUDA",
         "tasks 0 to 2 failed 2 times, given up: no result after 300 s",
     ]
 

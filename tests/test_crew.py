@@ -35,7 +35,7 @@ def test_a_call_whose_actor_dies_is_made_again_with_what_it_needs_then():
     assert list(crew.map([Call(0, "act", args), call(1, "ok")])) == [0, 1]
     assert sent == [0, 1]
     assert crew.lives == [1, 0]
-    assert notes == ["act is tried again: killed"]
+    assert notes == ["act: tried again, since killed"]
 
 
 def test_what_fails_again_and_again_ends_the_run():
