@@ -22,7 +22,7 @@ from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import MetricSink
 from orchestrator.jobs import Failure, Job, given_up, tried_again
 from orchestrator.progress import Reporter
-from orchestrator.recoveries import Recoveries, recovery_metrics
+from orchestrator.recoveries import Recoveries, capacity, recovery_metrics
 from orchestrator.results import Checkpoint, Results, field_metrics, metrics
 from orchestrator.runfolder import RunFolder
 from supsup.baselines.asking import Answer, rule_of, storage
@@ -298,6 +298,9 @@ class BaselineJobs:
             if results.storage is not None:
                 values["bank/bytes"] = float(results.storage.total(learned))
         values |= recovery_metrics(self._recoveries.read(learned))
+        known = capacity({number: self._recoveries.read(number) for number in self._finished})
+        if known is not None:
+            values["hop/capacity"] = float(known)
         if self.trained:
             values["train/seconds_per_task"] = self._worker_seconds / self.trained
         self._tracker.metrics(values, learned)

@@ -126,7 +126,7 @@ class Crew:
             found = replace(found, tries=history.total())
             if not should_retry(found.kind, history):
                 raise RunFailed(f"{call.method} failed, given up: {found.reason}")
-            self._note(f"{call.method}: tried again, since {found.reason}")
+            self._note(f"{call.method}: tried again, since {found.cause}")
             if found.kind in ("died", "memory", "hung") and self.lives[call.worker] == sent.life:
                 self._replace(call.worker)
             sent = self._send(call)

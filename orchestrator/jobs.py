@@ -58,6 +58,11 @@ class Failure:
     tries: int = 1
     """How often the job failed."""
 
+    @property
+    def cause(self) -> str:
+        """The reason in our own words."""
+        return self.reason.partition(_RAY_SAYS)[0]
+
 
 class JobSource(Protocol):
     """Where jobs come from and results go."""
@@ -108,9 +113,8 @@ def given_up(what: str, failure: Failure) -> str:
 
 def tried_again(what: str, job: Job, failure: Failure) -> str:
     """Return the line on a job that will be tried again."""
-    cause = failure.reason.partition(_RAY_SAYS)[0]
     how = "in smaller parts" if should_cut(failure.kind, job) else "again"
-    return f"{what}: tried {how}, since {cause}"
+    return f"{what}: tried {how}, since {failure.cause}"
 
 
 def is_broken(deaths_in_a_row: int, workers: int) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +48,31 @@ class Recoveries:
 
 
 def recovery_metrics(found: Sequence[Recovery]) -> dict[str, float]:
-    """Return how well masks were found: exactly, how far off, and after how many steps."""
+    """Return how well masks were found: how many exactly, or as the nearest; how far off; when."""
     if not found:
         return {}
     steps = [recovery.steps for recovery in found if recovery.steps > 0]
     values = {
         "hop/exact": len(steps) / len(found),
+        "hop/nearest": sum(recovery.found == recovery.task for recovery in found) / len(found),
         "hop/distance": float(np.mean([recovery.distance for recovery in found])),
     }
     if steps:
         values |= {"hop/steps": float(np.mean(steps)), "hop/steps_max": float(max(steps))}
     return values
+
+
+def capacity(by_learned: Mapping[int, Sequence[Recovery]]) -> int | None:
+    """Return the most tasks at which every mask that was asked for was found exactly.
+
+    Args:
+        by_learned: recoveries by number of tasks learned; numbers without any don't count.
+
+    Returns:
+        0 if there are none such; None if nothing was asked for.
+    """
+    asked = {learned: found for learned, found in by_learned.items() if found}
+    if not asked:
+        return None
+    whole = (k for k, found in asked.items() if all(recovery.steps > 0 for recovery in found))
+    return max(whole, default=0)

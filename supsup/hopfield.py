@@ -142,6 +142,7 @@ class HopLearner:
         fixed = fixed_weights(config.seed, layers)
         self._weights = [torch.from_numpy(weight_OI).to(self._device) for weight_OI in fixed]
         self.sizes = [layer.outputs for layer in layers[:-1]]
+        self._kept: tuple[bytes, Memory] = (b"", Memory(self.sizes))
 
     def first_neuron(self, task: int) -> int:
         """Return the output neuron of a task's class 0; the blocks of the tasks take turns."""
@@ -215,10 +216,18 @@ class HopLearner:
         )
 
     def memory(self, units_KB: npt.NDArray[np.uint8]) -> Memory:
-        """Store packed masks one after another."""
-        memory = Memory(self.sizes)
-        for units_B in units_KB:
+        """Return a memory of packed masks, stored one after another.
+
+        The last one is kept: storing a mask is a pass over all weights, and tasks are asked about
+        one after another among the same masks, or more.
+        """
+        units = units_KB.tobytes()
+        known, memory = self._kept
+        if not units.startswith(known):
+            memory = Memory(self.sizes)
+        for units_B in units_KB[memory.stored :]:
             memory.store(self._unpacked(units_B))
+        self._kept = units, memory
         return memory
 
     def _train(self, task: int, scores: Sequence[Tensor]) -> float:

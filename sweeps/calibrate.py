@@ -8,7 +8,9 @@ import torch
 
 from orchestrator.worker import THREADS
 from supsup.apprentice import LocalTrainer, initial_state
+from supsup.baselines.asking import make_learner
 from supsup.config import RunConfig
+from supsup.fields import with_values
 from supsup.identity import training_fields
 from supsup.material import layers_of
 from supsup.streams import Stream
@@ -18,6 +20,8 @@ from sweeps.plan import cost_key
 
 #: Steps before the clock starts, and the seconds that are timed at least.
 _WARM_STEPS, _TIMED_SECONDS = 3, 0.5
+#: Steps that another learner is timed for.
+_LEARNER_STEPS = 20
 
 
 def with_calibration(
@@ -33,7 +37,7 @@ def with_calibration(
     known = dict(rates)
     for config in configs:
         key = cost_key(training_fields(config))
-        if config.learner == "supsup" and key not in known:
+        if key not in known:
             known[key] = _seconds_per_batch(config, site)
     return known
 
@@ -43,6 +47,8 @@ def _seconds_per_batch(config: RunConfig, site: Site) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
+        if config.learner != "supsup":
+            return _seconds_of_a_learner(config, site)
         if config.scenario == "nns":
             return _seconds_of_one_mask(config, site)
         engine = BlockTrainer(config, site.data(config)).engine
@@ -74,3 +80,13 @@ def _seconds_of_one_mask(config: RunConfig, site: Site) -> float:
         trainer.train(0, segment, start)
         rounds += 1
     return (time.perf_counter() - started) / rounds / min(batches, config.train.batches)
+
+
+def _seconds_of_a_learner(config: RunConfig, site: Site) -> float:
+    """Have another learner learn its first task, in few batches and more: the rest is testing."""
+    data, seconds = site.data(config), {}
+    for batches in (1, _WARM_STEPS, _WARM_STEPS + _LEARNER_STEPS):
+        learner = make_learner(with_values(config, {"train.batches": batches}), data)
+        seconds[batches] = learner.learn(0, None, look_back=False).seconds
+    few, more = sorted(seconds)[1:]
+    return max(0.0, seconds[more] - seconds[few]) / (more - few)

@@ -13,7 +13,10 @@ _SUPSUP_H_AND_G = {
     "supsup-h": {"eval.methods": "h-one-shot"},
     "supsup-g": {"eval.methods": "g-one-shot"},
 }
-_GIVEN = {"psp": {"learner": "psp"}, "batche": {"learner": "batche", "scenario": "gg"}}
+_GIVEN = {
+    "psp": {"learner": "psp", "model.output_size": 10},
+    "batche": {"learner": "batche", "scenario": "gg", "model.output_size": 10},
+}
 
 #: By name: what the full sweep is. A figure is drawn as the paper's protocol has it, but one image
 #: per decision of a sample of test images, instead of one decision per batch of all of them.
@@ -65,13 +68,16 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "fig5-batche": {
+        "protocol": "paper",
         "base": {
-            "tasks": 100, "eval.images": 20, "eval.at": [2, 5, 10, 25, 50, 75], "eval.depth": 0,
+            "tasks": 50, "model.output_size": 500, "eval.group": 0, "eval.images": 100,
+            "eval.at": [2, 5, 10, 25], **_FC,
         },
-        "seeds": [0],
+        "seeds": [0, 1, 2],
         "variants": {
             "batche-given": {"learner": "batche", "scenario": "gg"},
             "batche-one-shot": {"learner": "batche", "eval.methods": "h-one-shot"},
+            "batche-one-shot-g": {"learner": "batche", "eval.methods": "g-one-shot"},
             "batche-one-shot-128": {
                 "learner": "batche", "eval.methods": "h-one-shot", "eval.batch": 128,
                 "eval.images": 512,

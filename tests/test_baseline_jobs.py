@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.baseline import BaselineJobs
 from orchestrator.jobs import Failure
-from orchestrator.recoveries import Recoveries, recovery_metrics
+from orchestrator.recoveries import Recoveries, capacity, recovery_metrics
 from orchestrator.report import table, write
 from orchestrator.runfolder import RunFolder
 from orchestrator.worker import TaskWorker, WorkerSetup
@@ -178,7 +178,7 @@ def test_a_task_that_fails_is_given_up_and_the_others_go_on(make):
     jobs.failed(job, Failure("raised", "ValueError: no", tries=2))
     work(jobs, worker)
     assert jobs.failures == ["task 0 failed 2 times, given up: ValueError: no"]
-    assert "task 0: tried again, since its worker died" in notes.said
+    assert "task 0: tried again, since gone" in notes.said
     assert (jobs.learned, jobs.trained) == (0, 3)
     assert jobs.results("run", "") is None
 
@@ -271,7 +271,8 @@ def test_recoveries_are_kept_and_summed_up(tmp_path):
     kept.write(3, found)
     assert [one.task for one in kept.read(3)] == [0, 1, 2]
     values = recovery_metrics(kept.read(3))
-    assert values == {"hop/exact": 2 / 3, "hop/distance": 4, "hop/steps": 20, "hop/steps_max": 26}
+    exact = {"hop/exact": 2 / 3, "hop/nearest": 1, "hop/steps": 20, "hop/steps_max": 26}
+    assert values == {**exact, "hop/distance": 4}
     (path,) = kept.table([2, 3], tmp_path)
     lines = path.read_text().splitlines()
     assert lines[0] == "tasks_learned,task,found,distance,steps,images,correct"
@@ -279,6 +280,14 @@ def test_recoveries_are_kept_and_summed_up(tmp_path):
     file = next((tmp_path / "evaluations").iterdir())
     file.write_text(json.dumps([{"task": 1}]))
     assert kept.read(3) == []
+
+
+def test_the_capacity_is_the_most_tasks_of_which_every_mask_was_found():
+    whole, lost = [recovery(0, 3), recovery(1, 9)], [recovery(0, 3), recovery(1, -1, 2)]
+    assert capacity({}) is None
+    assert capacity({2: []}) is None
+    assert capacity({2: lost}) == 0
+    assert capacity({2: whole, 10: whole, 20: lost}) == 10
 
 
 def test_hopsupsup_is_a_run_as_the_others_are(make):
@@ -292,5 +301,6 @@ def test_hopsupsup_is_a_run_as_the_others_are(make):
     assert [tag[0] for tag in tags].count("learn") == 2
     point = notes.points[2]
     assert {"hop/exact", "hop/distance", "gnu/accuracy"} <= set(point)
+    assert point["hop/capacity"] in (0, 2)
     assert point["bank/bytes"] == 8 + 2 * 4 * (2048 * 2048 + 2048)
     assert point["gnu/task_accuracy/h-gradient-descent-b8"] == 1

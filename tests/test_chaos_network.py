@@ -101,7 +101,9 @@ def test_a_link_that_is_cut_is_survived(hosts, tmp_path, seconds, tasks, figures
         wait_until(lambda: hosts.workers_of("two") - workers or command.status is not None, 300)
         assert command.status is None, command.said()
         used = time.monotonic() - back_at
-        told = f"its node ended {ended:.1f} s after it was back, a new one worked {used:.1f} s after"
+        told = (
+            f"its node ended {ended:.1f} s after it was back, a new one worked {used:.1f} s after"
+        )
         assert f"its node {address(2)} was lost" in command.said()
     assert command.wait(1500) == 0, command.said()
     assert "Traceback" not in command.said()

@@ -203,7 +203,7 @@ def test_what_is_tried_again_or_given_up_is_said(quick, bank):
     notes = Notes()
     jobs = make_jobs(quick, bank, notes)
     job = jobs.next_job()
-    jobs.retrying(job, Failure("died", "killed"))
+    jobs.retrying(job, Failure("died", "its worker died; Ray says: killed"))
     jobs.retrying(job, Failure("memory", "OutOfMemoryError: CUDA"))
     jobs.failed(job, Failure("hung", "no result after 300 s", tries=2))
     assert notes.lines == [

@@ -35,13 +35,13 @@ def test_a_call_whose_actor_dies_is_made_again_with_what_it_needs_then():
     assert list(crew.map([Call(0, "act", args), call(1, "ok")])) == [0, 1]
     assert sent == [0, 1]
     assert crew.lives == [1, 0]
-    assert notes == ["act: tried again, since killed"]
+    assert notes == ["act: tried again, since its worker died"]
 
 
 def test_what_fails_again_and_again_ends_the_run():
     script = Script()
     crew = crew_of(script)
-    with pytest.raises(RunFailed, match=r"act failed, given up: killed"):
+    with pytest.raises(RunFailed, match=r"act failed, given up: its worker died; Ray says: killed"):
         list(crew.map([call(0, "die")]))
     assert len(script.killed) == 3
 

@@ -123,6 +123,19 @@ def test_masks_are_learned_and_found_again(hop_config, digits):
     assert np.array_equal(again.own["units"], learned[1].own["units"])
 
 
+def test_a_memory_that_goes_on_is_the_one_that_began_anew(hop_config, digits):
+    units_KB = np.random.default_rng(0).integers(0, 256, (4, 2 * 2048 // 8), dtype=np.uint8)
+    kept, fresh = HopLearner(hop_config, digits), HopLearner(hop_config, digits)
+    kept.memory(units_KB[:2])
+    for chosen_KB in (units_KB, units_KB[::-1], units_KB[:1]):
+        memory, expected = kept.memory(chosen_KB), Memory(fresh.sizes)
+        for units_B in chosen_KB:
+            expected.store(fresh._unpacked(units_B))
+        assert memory.stored == len(chosen_KB)
+        for ours, theirs in zip(memory.weights, expected.weights, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_recovery_of_the_only_mask_begins_at_it(hop_config, digits):
     """The mean of one mask is that mask: every step must leave it where it is, or return to it."""
     learner = HopLearner(hop_config, digits)
