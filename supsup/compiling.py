@@ -1,5 +1,6 @@
 """Compiling elementwise updates to one pass, where there is a compiler."""
 
+import logging
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from torch import Tensor
 from supsup.errors import SlowPath, one_line
 
 Arguments = ParamSpec("Arguments")
+
+# That CUDA is installed where there is no GPU is no news to anyone.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def square_root(x: Tensor) -> Tensor:
