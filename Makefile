@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all fuzz check bench env lock clean
+.PHONY: demo test test-all fuzz check bench env lock audit clean
 
 demo: $(READY)  ## the main job on embedded data: 100 tasks of permuted digits
 	$(BIN)/supsup run permuted-digits
@@ -41,5 +41,10 @@ lock:  ## renew requirements.lock (needs uv)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev \
 	  --no-annotate --no-header --no-emit-index-url pyproject.toml -o requirements.lock
 
+audit:  ## look the locked packages up among known vulnerabilities (needs the network)
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from orchestrator.jobs import HeadLost, Job
+from orchestrator.jobs import NO_ROOM, HeadLost, Job, StoreFull, first_line
 from orchestrator.reach import check_reachable
-from supsup.errors import RunFailed, UserError, one_line
+from supsup.errors import UserError
 
 #: Seconds without an answer of the cluster's head after which it is gone. Ray itself ends the
 #: process, without a word, after 60.
@@ -20,15 +19,12 @@ def put(value: Any) -> Any:
     """Put something into the object store, once for all workers; return its reference.
 
     Raises:
-        RunFailed: if there is no room for it, in memory or on disk.
+        StoreFull: if there is no room for it, in memory or on disk.
     """
     try:
         return ray.put(value)
-    except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise RunFailed(
-            f"Ray's object store has no room left ({one_line(error)}); free memory, or the disk "
-            "under Ray's temporary folder, and go on with supsup resume"
-        ) from error
+    except NO_ROOM as error:
+        raise StoreFull(first_line(error)) from error
 
 
 class Actors(Protocol):

@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Of workers and nodes that die, the run tells in its own words; many workers are meant.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated|worker died or was killed"
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated|died or was killed"
     "|killed due to|processes have been started|IO worker",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -91,7 +91,7 @@ class Crew:
 
         Raises:
             RunFailed: if a call fails again and again.
-            WorkersLost: if an actor finds no room any more, or the cluster is gone.
+            ClusterFailed: if an actor finds no room any more, or the cluster is gone.
         """
         sent = [self._send(call) for call in calls]
         for call, first in zip(calls, sent, strict=True):

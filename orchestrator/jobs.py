@@ -8,15 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 from supsup.errors import NonFiniteLoss, RunFailed, UserError, one_line
 
-Kind = Literal["died", "raised", "memory", "hung", "certain"]
+Kind = Literal["died", "raised", "memory", "hung", "room", "certain"]
 
 #: How often a job is tried again after its worker died, after it raised an exception, after there
-#: was no memory for it, after its worker gave no sign, and after it failed as it always will.
-MAX_RETRIES: dict[Kind, int] = {"died": 3, "raised": 1, "memory": 3, "hung": 1, "certain": 0}
+#: was no memory for it, after its worker gave no sign, after Ray's object store had no room for its
+#: result, and after it failed as it always will.
+MAX_RETRIES: dict[Kind, int] = {
+    "died": 3, "raised": 1, "memory": 3, "hung": 1, "room": 1, "certain": 0,
+}  # fmt: skip
 #: Deaths of workers in a row, without a finished job between them, after which a pool gives up: so
 #: many, and so many per worker, since a node takes all of its workers with it.
 MAX_DEATHS_IN_A_ROW, MAX_DEATHS_PER_WORKER = 12, 3
@@ -26,6 +35,8 @@ HUNG_TIMES, HUNG_SECONDS = 10.0, 300.0
 _KNOWN = 3
 #: Jobs that the median is taken over, the last ones.
 _LAST = 100
+#: What Ray says when its object store is full, and the disk behind it.
+NO_ROOM = (ObjectStoreFullError, OutOfDiskError)
 #: What stands between our words on a death and Ray's; and where Ray says whose node it was.
 _RAY_SAYS = "; Ray says: "
 _NODE = re.compile(r"\bip:( \S+)")
@@ -83,16 +94,27 @@ class JobSource(Protocol):
         """Take notice of a failure that will be tried again, perhaps in smaller jobs."""
 
 
-class WorkersLost(RunFailed):
-    """There is nobody left to work; what is finished is safe, and a resume goes on."""
+class ClusterFailed(RunFailed):
+    """The cluster can't go on; what is finished is safe, and a resume goes on."""
 
 
-class PoolBroken(WorkersLost):
+class PoolBroken(ClusterFailed):
     """Workers die one after another, or none comes up; the cluster needs attention."""
 
 
-class HeadLost(WorkersLost):
+class HeadLost(ClusterFailed):
     """The head of the cluster is gone; nothing can be asked of Ray any more."""
+
+
+class StoreFull(ClusterFailed):
+    """There is no room for data or results: it will take somebody to make some."""
+
+    def __init__(self, detail: str) -> None:
+        """Say what to do; ``detail`` is what Ray says."""
+        super().__init__(
+            f"Ray's object store has no room left ({detail}); free memory, or the disk under Ray's "
+            "temporary folder"
+        )
 
 
 def should_retry(kind: Kind, history: Counter[Kind]) -> bool:
@@ -126,13 +148,23 @@ def as_failure(error: RayError) -> Failure:
     """Tell a user's exception from a dead actor, and either from a lack of memory."""
     if isinstance(error, RayTaskError):
         cause = error.cause
+        if isinstance(cause, NO_ROOM):
+            return as_failure(cause)
         reason = f"{type(cause).__name__}: {one_line(cause, 300)}"
         if _lacks_memory(cause):
             return Failure("memory", reason)
         return Failure("certain" if isinstance(cause, _CERTAIN) else "raised", reason)
+    if isinstance(error, NO_ROOM):
+        told = first_line(error)
+        return Failure("room", f"Ray's object store had no room for its result{_RAY_SAYS}{told}")
     if isinstance(error, OutOfMemoryError) or "low on memory" in str(error):
         return Failure("memory", "its node ran out of memory, and Ray killed the worker")
     return Failure("died", _cause_of_death(error))
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says before it goes into details."""
+    return one_line(Exception(str(error).partition("\n")[0]), 100)
 
 
 def _lacks_memory(error: BaseException) -> bool:

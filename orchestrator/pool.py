@@ -25,6 +25,7 @@ from orchestrator.jobs import (
     JobSource,
     Kind,
     PoolBroken,
+    StoreFull,
     as_failure,
     is_broken,
     queue_depth,
@@ -95,7 +96,8 @@ class WorkerPool:
         """Work until the source has no job and none is running.
 
         Raises:
-            WorkersLost: if workers die again and again, none comes up, or the cluster is gone.
+            ClusterFailed: if workers die again and again, none comes up, the cluster is gone, or
+                its object store is full.
         """
         self._last_up = self._clock()
         while True:
@@ -189,6 +191,9 @@ class WorkerPool:
         elif should_retry(failure.kind, history):
             source.retrying(job, failure)
             state.again.append(job)
+        elif failure.kind == "room":
+            # It is the same for all jobs: they would be done, each twice, for nothing.
+            raise StoreFull(failure.reason.partition(": ")[2])
         else:
             source.failed(job, failure)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.blocks import learned_prefix
 from orchestrator.cluster import Machine, check_device, connect
-from orchestrator.jobs import WorkersLost
+from orchestrator.jobs import ClusterFailed
 from orchestrator.progress import Reporter
 from orchestrator.results import folder_name
 from orchestrator.runfolder import Launch, RunFolder, check_runs_dir, find_run
@@ -152,7 +152,7 @@ def _naming_the_remedy(again: str) -> Iterator[None]:
     """Say how to go on when there is nobody left to work."""
     try:
         yield
-    except WorkersLost as error:
+    except ClusterFailed as error:
         raise type(error)(f"{error}; what is finished is safe, go on with {again}") from error
 
 

@@ -9,8 +9,8 @@ from ray.cluster_utils import Cluster
 from benchmarks.faults import Command
 from tests.chaos import mounted, wait_until
 
-#: Keeps as much in the store as goes into it and on the disk behind it, 440 MB at most, down to small
-#: things; and reads it again and again, which pushes out what others have in the store.
+#: Keeps as much in the store as goes into it and on the disk behind it, 440 MB at most, down to
+#: small things; and reads it again and again, which pushes out what others have in the store.
 HOG = """
 import sys, time, numpy, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -120,8 +120,10 @@ def test_a_full_store_over_a_full_disk_is_one_line(cluster_of, plain, tmp_path, 
         finally:
             hog.stop()
         assert "Traceback" not in command.said() + refused.said()
-        (line,) = [x for x in refused.said().splitlines() if x.startswith("supsup: ")]
-        assert "Ray's object store has no room left" in line
+        for ended, name in (command, "starved"), (refused, "late"):
+            (line,) = [x for x in ended.said().splitlines() if x.startswith("supsup: ")]
+            assert "Ray's object store has no room left (Local disk is full)" in line
+            assert f"go on with supsup resume {name}" in line
         assert command.lost() == []
         command.resume("--address", address)
         assert command.wait(900) == 0, command.said()

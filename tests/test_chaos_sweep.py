@@ -93,7 +93,7 @@ def test_a_restart_of_postgresql_stops_no_sweep(postgres, tmp_path, figures):
 
 
 def children(uri: str) -> dict[str, tuple[str, dict[tuple[str, int], int]]]:
-    """Return the status of every trial's run, and how many points each key and step has, by name."""
+    """Return every trial's status, and how many points each key and step has, by its run's name."""
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -125,9 +125,7 @@ def test_a_restart_of_mlflow_loses_and_doubles_nothing(tmp_path, free_port, figu
                 lambda n=down: tasks_on_disk(tmp_path) >= n or command.poll() is not None, 900
             )
             server.stop()
-            wait_until(
-                lambda n=up: tasks_on_disk(tmp_path) >= n or command.poll() is not None, 900
-            )
+            wait_until(lambda n=up: tasks_on_disk(tmp_path) >= n or command.poll() is not None, 900)
             assert command.poll() is None, (tmp_path / "log").read_text()
             server.start()
         assert command.wait(1200) == 0, (tmp_path / "log").read_text()

@@ -8,15 +8,17 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import OutOfDiskError
 
 from orchestrator import jobs
 from orchestrator.actors import RayActors, Watch
 from orchestrator.jobs import (
+    ClusterFailed,
     Durations,
     Failure,
     Job,
     PoolBroken,
-    WorkersLost,
+    StoreFull,
     as_failure,
     is_broken,
     queue_depth,
@@ -54,7 +56,7 @@ def test_retries_are_bounded():
             "RuntimeError: DefaultCPUAllocator",
         ),
         (
-            Died("The actor died.\n\tip: 10.0.0.7\nThe actor died because its node has died. Node Id"),
+            Died("It died.\n\tip: 10.0.0.7\nThe actor died because its node has died. Node Id"),
             "died",
             "its node 10.0.0.7 was lost; Ray says: The actor died because its node has died.",
         ),
@@ -62,6 +64,11 @@ def test_retries_are_bounded():
             Died("The actor died.\n\tclass_name: A\nThe actor is dead because its worker process"),
             "died",
             "its worker died; Ray says: The actor is dead because its worker process",
+        ),
+        (
+            Raised(OutOfDiskError("Local disk is full")),
+            "room",
+            "Ray's object store had no room for its result; Ray says: Local disk is full",
         ),
         (
             Died("1 worker(s) were killed due to the node running low on memory. Memory on"),
@@ -122,7 +129,7 @@ def test_a_silent_head_is_given_up_after_a_while():
     problem, now = "connection refused", 40.0
     watch.check()
     now = 70.0
-    with pytest.raises(WorkersLost, match=r"gone for 30 s \(connection refused\)"):
+    with pytest.raises(ClusterFailed, match=r"gone for 30 s \(connection refused\)"):
         watch.check()
 
 
@@ -184,6 +191,14 @@ def test_a_bad_job_hurts_itself_alone():
     assert (source.failures["die"].kind, source.failures["die"].tries) == ("died", 4)
     # What was queued behind a death is run again, and not counted against it.
     assert set(source.retries) == {("die", "died"), ("raise", "raised")}
+
+
+def test_a_full_object_store_ends_the_run_instead_of_every_job_twice():
+    script = Script()
+    full = OutOfDiskError("Local disk is full")
+    with pytest.raises(StoreFull, match=r"no room left \(Local disk is full\); free memory, or"):
+        work(script, [do(full, tag=i) for i in range(20)])
+    assert len(script.submitted) <= 2 * len(script.actors) + 4
 
 
 def test_what_fails_for_certain_is_not_tried_again():
@@ -303,13 +318,15 @@ def test_nobody_at_all_is_waited_for_but_not_for_ever():
 def test_a_cluster_that_is_gone_ends_the_run():
     script = Script()
     script.at(20.0, lambda: setattr(script, "gone", "the head is gone"))
-    with pytest.raises(WorkersLost, match="the head is gone"):
+    with pytest.raises(ClusterFailed, match="the head is gone"):
         work(script, fine(100))
     assert script.now <= 26
 
 
 def test_workers_that_die_and_die_stop_the_run():
-    with pytest.raises(PoolBroken, match="13 workers died in a row, the last one because: .* killed$"):
+    with pytest.raises(
+        PoolBroken, match=r"13 workers died in a row, the last one because: .* killed$"
+    ):
         work(Script(), [do("die", tag=i) for i in range(20)])
 
 
