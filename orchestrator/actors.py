@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import ray
 
-from orchestrator.jobs import NO_ROOM, HeadLost, Job, StoreFull, first_line
+from orchestrator.jobs import NO_ROOM, HeadLost, Job, first_line, store_full
 from orchestrator.reach import check_reachable
 from supsup.errors import UserError
 
@@ -24,7 +24,7 @@ def put(value: Any) -> Any:
     try:
         return ray.put(value)
     except NO_ROOM as error:
-        raise StoreFull(first_line(error)) from error
+        raise store_full(first_line(error)) from error
 
 
 class Actors(Protocol):

@@ -109,12 +109,13 @@ class HeadLost(ClusterFailed):
 class StoreFull(ClusterFailed):
     """There is no room for data or results: it will take somebody to make some."""
 
-    def __init__(self, detail: str) -> None:
-        """Say what to do; ``detail`` is what Ray says."""
-        super().__init__(
-            f"Ray's object store has no room left ({detail}); free memory, or the disk under Ray's "
-            "temporary folder"
-        )
+
+def store_full(detail: str) -> StoreFull:
+    """Return the error of a full object store; ``detail`` is what Ray says."""
+    return StoreFull(
+        f"Ray's object store has no room left ({detail}); free memory, or the disk under Ray's "
+        "temporary folder"
+    )
 
 
 def should_retry(kind: Kind, history: Counter[Kind]) -> bool:

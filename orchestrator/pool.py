@@ -25,12 +25,12 @@ from orchestrator.jobs import (
     JobSource,
     Kind,
     PoolBroken,
-    StoreFull,
     as_failure,
     is_broken,
     queue_depth,
     should_cut,
     should_retry,
+    store_full,
 )
 
 __all__ = ["Failure", "Job", "JobSource", "PoolBroken", "WorkerPool"]
@@ -193,7 +193,7 @@ class WorkerPool:
             state.again.append(job)
         elif failure.kind == "room":
             # It is the same for all jobs: they would be done, each twice, for nothing.
-            raise StoreFull(failure.reason.partition(": ")[2])
+            raise store_full(failure.reason.partition(": ")[2])
         else:
             source.failed(job, failure)
 
