@@ -22,10 +22,15 @@ class SweepProgress:
         self._total = 0
         self._states: Counter[str] = Counter()
         self._trained = 0
+        self._to_train: int | None = None
         self._best = ""
         self._began = self._shown = time.monotonic()
         self._done_before = 0
         self.live: Live | None = None
+
+    def expect(self, tasks: int) -> None:
+        """Note how many tasks are to be trained in all."""
+        self._to_train = tasks
 
     def start(self, total: int, states: Counter[str]) -> None:
         """Begin with the trials that there are."""
@@ -60,11 +65,18 @@ class SweepProgress:
         return sum(self._states[state] for state in ("done", "pruned", "failed"))
 
     def _left(self) -> str:
-        now = self._ended - self._done_before
-        if not now:
+        """Estimate the time left, by tasks as long as some are to be trained, else by trials."""
+        done, left = self._ended - self._done_before, self._total - self._ended
+        if self._to_train is not None and self._trained < self._to_train:
+            done, left = self._trained, self._to_train - self._trained
+        if not done:
             return "?"
-        seconds = (time.monotonic() - self._began) / now * (self._total - self._ended)
+        seconds = (time.monotonic() - self._began) / done * left
         return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+    def _of_all(self) -> str:
+        """Return the tasks trained, of how many if that is known."""
+        return f"{self._trained}/{self._to_train}" if self._to_train else str(self._trained)
 
     def _show(self, now: bool = False) -> None:
         if self.live is not None:
@@ -74,13 +86,13 @@ class SweepProgress:
             states = ", ".join(f"{n} {state}" for state, n in self._states.items() if n)
             self.note(
                 f"trials: {self._ended}/{self._total} ({states or 'none begun'}), "
-                f"{self._trained} tasks trained, {self._left()} left"
+                f"{self._of_all()} tasks trained, {self._left()} left"
             )
 
     def _table(self) -> Table:
         table = Table("trials", "done", "running", "pruned", "failed", "tasks trained", "time left")
         counts = [self._states[state] for state in ("done", "running", "pruned", "failed")]
-        table.add_row(str(self._total), *map(str, counts), str(self._trained), self._left())
+        table.add_row(str(self._total), *map(str, counts), self._of_all(), self._left())
         table.caption = f"best so far: {self._best or 'none'}"
         return table
 

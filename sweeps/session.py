@@ -137,6 +137,7 @@ def work(spec: SweepSpec, options: Options, cluster: Cluster, shown: SweepProgre
             rates = planning.recorded_rates(options.runs_dir)
             planned = _plan(spec, cells, study.records(), rates, banks)
             shown.note(planning.line(planned, cluster.workers))
+            shown.expect(planned.train)
             order = in_turn([cell.fingerprint for cell in cells])
             study.enqueue([cells[i].params for i in order])
         else:
