@@ -18,7 +18,7 @@ from supsup.baselines.settings import learner_values
 from supsup.config import RunConfig
 from supsup.errors import ConfigError, RunFailed, UserError, near, plain, redacted, shown
 from supsup.fields import as_text, get_field, with_values
-from supsup.recipes import ANY_FOLDER, PROTOCOLS, RECIPES
+from supsup.recipes import ANY_FOLDER, PROTOCOLS, RECIPES, protocol_values
 from supsup.recipes import quick as quick_values
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def cli() -> None:
     type=click.Choice(list(PROTOCOLS)),
     default="default",
     show_default=True,
-    help="paper: train and decide exactly as the paper says",
+    help="paper: train and decide as the paper does in its experiments of this kind",
 )
 @options.method_options
 @options.worker_options
@@ -101,7 +101,8 @@ def run(
     after 50 trains the other 50.
     """
     given = options.given(fields)
-    config = with_values(_recipe(recipe)(), {**PROTOCOLS[protocol], **learner_values(given)})
+    made = _recipe(recipe)
+    config = with_values(made(), {**protocol_values(protocol, recipe), **learner_values(given)})
     if quick:
         config = _quick(config, given)
     config = with_values(config, given)

@@ -28,7 +28,7 @@ from supsup.fields import as_text, with_values
 from supsup.identity import is_auto, needs_general, resolve, training_fields
 from supsup.inference import check_methods
 from supsup.manifest import Manifest, make_manifest
-from supsup.material import layers_of
+from supsup.material import layers_of, statistics_of
 from supsup.sparse import mostly_background
 from supsup.streams import Stream
 from supsup.tasks import task_family
@@ -205,6 +205,11 @@ def check(config: RunConfig, data: Dataset) -> None:
         ConfigError: naming what doesn't.
     """
     layers_of(config, data)
+    if config.train.batch_size == 1 and statistics_of(config, data):
+        raise ConfigError(
+            "train.batch_size is 1, must be at least 2 for "
+            f"{config.model.name}, whose batch norm goes by the batch"
+        )
     if config.learner != "supsup":
         check_learner(config)
     if config.scenario == "nns":

@@ -64,7 +64,7 @@ class LocalTrainer:
         """See ``Trainer``. The rate goes by the batches that the mask itself has been trained on.
 
         Raises:
-            NonFiniteLoss: if the loss of the last batch is not finite.
+            NonFiniteLoss: if the scores are not finite at the end.
         """
         left = batches_left(self._config, state.batches)
         # Let go before it is trained: if that fails, it is the state of nothing.

@@ -49,6 +49,8 @@ def no_confusions() -> Counts:
 
 #: Decisions taken together at most, and the bytes that their images may take.
 _DECISIONS, _IMAGE_BYTES = 1024, 64 << 20
+#: Numbers per decision and mask: the gradients of two objectives, in parts, joined, and ranked.
+_PER_MASK = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ class Evaluator:
         engine = self._engine(evaluation, masks_TB, statistics_TS, len(owners_T))
         counts_TM6 = np.zeros((len(tasks), len(evaluation.methods), len(COUNTS)), dtype=np.int64)
         pairs: list[npt.NDArray[np.int64]] = []
-        for queries in self._queries(evaluation, tasks):
+        for queries in self._queries(evaluation, tasks, len(owners_T)):
             ranked_MQR = self._infer(evaluation, engine, queries)
             for part in self._parts(queries.images_QG.shape[1], len(queries.tasks_Q)):
                 counted_QM6 = self._count(engine, queries, ranked_MQR, part, owners_T)
@@ -258,25 +260,29 @@ class Evaluator:
 
     # --- what is asked -------------------------------------------------------------------------
 
-    def _queries(self, evaluation: EvalConfig, tasks: Sequence[int]) -> Iterator[_Queries]:
+    def _queries(
+        self, evaluation: EvalConfig, tasks: Sequence[int], masks: int
+    ) -> Iterator[_Queries]:
         """Yield the decisions about the tasks in batches of one size; whole groups first.
 
         What is left of the tasks' images behind their whole groups is a smaller group each.
         """
         size = evaluation.group_size
+        room = (evaluation.memory_mb << 20) // (_PER_MASK * torch.float32.itemsize * masks)
+        most = max(1, min(self._together(evaluation.batch), room))
         whole = (
             (row, task, group_G)
             for row, task, chosen_N in self._chosen(evaluation, tasks)
             for group_G in chosen_N[: len(chosen_N) // size * size].reshape(-1, size)
         )
-        yield from self._batches(evaluation, whole)
+        yield from _batches(whole, most)
         rests: dict[int, list[tuple[int, int, npt.NDArray[np.int64]]]] = {}
         for row, task, chosen_N in self._chosen(evaluation, tasks):
             rest = chosen_N[len(chosen_N) // size * size :]
             rests.setdefault(len(rest), []).append((row, task, rest))
         rests.pop(0, None)
         for some in rests.values():
-            yield from self._batches(evaluation, iter(some))
+            yield from _batches(iter(some), most)
 
     def _chosen(
         self, evaluation: EvalConfig, tasks: Sequence[int]
@@ -286,18 +292,6 @@ class Evaluator:
             stream = generator(self._config.seed, "evaluation", task)
             labels_N = self._family.test_labels(task)
             yield row, task, sampled_images(labels_N, evaluation.images, stream)
-
-    def _batches(
-        self,
-        evaluation: EvalConfig,
-        decisions: Iterator[tuple[int, int, npt.NDArray[np.int64]]],
-    ) -> Iterator[_Queries]:
-        most = self._together(evaluation.batch)
-        while batch := list(itertools.islice(decisions, most)):
-            rows, of_tasks, images = zip(*batch, strict=True)
-            yield _Queries(
-                rows_Q=np.array(rows), tasks_Q=np.array(of_tasks), images_QG=np.stack(images)
-            )
 
     def _together(self, images: int) -> int:
         """Return how many decisions to take together, of so many images each."""
@@ -359,6 +353,16 @@ class Evaluator:
         columns = (ones_MQ, hit_MQ.long(), groups_MQ, right_MQ, right_MQ * hit_MQ, top5_MQ)
         counts_QM6: Counts = torch.stack(columns, dim=-1).transpose(0, 1).numpy()
         return counts_QM6
+
+
+def _batches(
+    decisions: Iterator[tuple[int, int, npt.NDArray[np.int64]]], most: int
+) -> Iterator[_Queries]:
+    while batch := list(itertools.islice(decisions, most)):
+        rows, of_tasks, images = zip(*batch, strict=True)
+        yield _Queries(
+            rows_Q=np.array(rows), tasks_Q=np.array(of_tasks), images_QG=np.stack(images)
+        )
 
 
 def _confusions(pairs_Q2: npt.NDArray[np.int64]) -> Counts:

@@ -72,8 +72,11 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the first field that breaks its rule.
     """
     tree = to_dict(config)
+    known = {info.path for info in config_fields()}
     lists = {info.path for info in config_fields() if info.is_list}
     for path, given in values.items():
+        if path not in known:
+            raise ConfigError(f"unknown field {path}{near(path, known)}")
         value = given
         if path in lists and isinstance(value, str):
             value = [item.strip() for item in value.split(",") if item.strip()]

@@ -1,8 +1,8 @@
 """The general engine: any network, mask algorithm, optimiser and task family.
 
-Each task has its own images, and batches of them by its own order. The masked weights of the tasks
-that are trained together go through the network by ``vmap``; the gradient of a score is that of its
-masked weight times the weight, straight through the mask (paper, Section 3.1).
+Each task has its own images; tasks with as many images share the order of their batches. The masked
+weights of the tasks that are trained together go through the network by ``vmap``; the gradient of a
+score is that of its masked weight times the weight, straight through the mask (paper, Section 3.1).
 
 Shapes: T tasks, B images of a batch, N images, P pixels, O outputs and I inputs of a layer, S
 output neurons.

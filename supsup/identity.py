@@ -87,7 +87,7 @@ def training_fields(config: RunConfig) -> dict[str, Any]:
 
     The number of tasks is not among them: a bank of 50 tasks is the beginning of one of 100.
     Neither is ``block_size``: blocks of any size give the same masks (a test holds that). In
-    scenario nns both count where they matter: a bank is what one whole stream left behind.
+    scenario nns the number of tasks counts: a bank is what one whole stream left behind.
     """
     fields: dict[str, Any] = {"dataset": config.dataset, "seed": config.seed}
     fields |= {name: getattr(config, name) for name in ("learner", "family", *_OF_FAMILY)}

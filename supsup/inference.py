@@ -92,6 +92,8 @@ class TaskInference:
         classes: int,
         memory_bytes: int = MEMORY_BYTES,
         depth: int = 0,
+        *,
+        kernels: bool = True,
     ) -> None:
         """Add up the superposition of the masks.
 
@@ -102,8 +104,10 @@ class TaskInference:
             classes: the real classes, the first of the output neurons.
             memory_bytes: what inference may take above the packed masks.
             depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
+            kernels: whether sums may be left to kernels, which round otherwise than torch.
         """
-        self.masks = packed_masks(packed_TB, weights, layers, memory_bytes)
+        made = packed_masks if kernels else PackedMasks
+        self.masks = made(packed_TB, weights, layers, memory_bytes)
         self.asked = self.masks.first_layers(depth)
         self.classes = classes
         k = len(packed_TB)

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from supsup.apprentice import MaskState
 from supsup.errors import BankError
-from supsup.files import publish
+from supsup.files import make_folder, publish, sync_folder
 from supsup.members import Packed
 from supsup.openset import Step
 
@@ -57,7 +57,7 @@ class Ledger:
             BankError: if a line of it can't be read.
         """
         self._file, self._masks = folder / _STEPS, folder / "masks"
-        self._masks.mkdir(parents=True, exist_ok=True)
+        make_folder(self._masks)
         self._versions: dict[int, _Version] = {}
         self._last: tuple[int, MaskState | None] | None = None
         self.steps: list[Step] = []
@@ -144,6 +144,8 @@ class Ledger:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if not self.steps:
+            sync_folder(self._file.parent)
 
     def _take(self, line: dict[str, Any]) -> None:
         step = Step(**{name: line[name] for name in _LINE}, packed_B=None, state=None)

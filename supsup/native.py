@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -43,7 +44,7 @@ def supported(name: str) -> bool:
 def load(name: str) -> ctypes.CDLL | None:
     """Return the compiled kernels of ``supsup/NAME.cpp``; None where they can't be had.
 
-    Warns once, with ``SlowPath``, where only a compiler is missing.
+    Warns once, with ``SlowPath``, where the processor could run them.
     """
     if not supported(name):
         return None
@@ -52,12 +53,21 @@ def load(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"the {name} kernels can't be compiled, the work is slower without them: "
-            f"{one_line(Exception(detail), 120)}; install a C++ compiler (g++)",
+            f"the {name} kernels can't be had, the work is slower without them: "
+            f"{one_line(Exception(detail), 120)}; {_remedy(error)}",
             SlowPath,
             stacklevel=2,
         )
         return None
+
+
+def _remedy(error: OSError | subprocess.SubprocessError) -> str:
+    """Return what to do where kernels can't be compiled or loaded."""
+    if isinstance(error, FileNotFoundError) and error.filename == _compiler()[0]:
+        return "install a C++ compiler (g++), or name one in $CXX"
+    if isinstance(error, subprocess.SubprocessError):
+        return "see that the C++ compiler works, or name another in $CXX"
+    return f"see that {_folder()} can be written, or name another cache folder in $XDG_CACHE_HOME"
 
 
 def pointer(array: Tensor) -> ctypes.c_void_p:
@@ -67,15 +77,23 @@ def pointer(array: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.data_ptr())
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
+def _folder() -> Path:
+    return platformdirs.user_cache_path("supsup") / "kernels"
+
+
 def _compiled(source: Path) -> Path:
     """Return the shared library of a source file, compiled unless the cache has it."""
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = _compiler()
     identity = hashlib.sha256(source.read_bytes() + repr(_FLAGS).encode())
     # What -march=native means here, and the compiler's version: homes are shared between machines.
     for question in (["-march=native", "-Q", "--help=target"], ["--version"]):
-        answer = subprocess.run([compiler, *question], capture_output=True, check=True, timeout=60)
+        answer = subprocess.run([*compiler, *question], capture_output=True, check=True, timeout=60)
         identity.update(answer.stdout)
-    folder = platformdirs.user_cache_path("supsup") / "kernels"
+    folder = _folder()
     library = folder / f"{source.stem}-{identity.hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -83,7 +101,7 @@ def _compiled(source: Path) -> Path:
     work = Path(tempfile.mkdtemp(dir=folder))
     try:
         built = work / library.name
-        command = [compiler, *_FLAGS, "-o", str(built), str(source)]
+        command = [*compiler, *_FLAGS, "-o", str(built), str(source)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         built.replace(library)  # whole or not at all, whoever compiles at the same time
     finally:

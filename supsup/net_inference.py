@@ -40,6 +40,7 @@ class NetInference(TaskInference):
         memory_bytes: int = MEMORY_BYTES,
         depth: int = 0,
         *,
+        kernels: bool = True,
         net: Net,
         statistics_TS: Tensor,
     ) -> None:
@@ -52,11 +53,12 @@ class NetInference(TaskInference):
             classes: the real classes, the first of the output neurons.
             memory_bytes: what inference may take above the packed masks.
             depth: layers, from the first on, whose α the gradient is taken of; 0: all.
+            kernels: whether sums may be left to kernels, which round otherwise than torch.
             net: the network.
             statistics_TS: the tasks' statistics of batch norm, of no width without batch norm.
         """
         self._net, self._statistics_TS = net, statistics_TS.to(weights[0].dtype)
-        super().__init__(packed_TB, weights, layers, classes, memory_bytes, depth)
+        super().__init__(packed_TB, weights, layers, classes, memory_bytes, depth, kernels=kernels)
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one mask's network for images [..., P]."""
@@ -101,6 +103,8 @@ def make_inference(
     memory_bytes: int = MEMORY_BYTES,
     statistics_TS: npt.NDArray[np.float32] | None = None,
     depth: int = 0,
+    *,
+    kernels: bool = True,
 ) -> TaskInference:
     """Return what infers tasks for the run's network.
 
@@ -114,9 +118,12 @@ def make_inference(
         memory_bytes: what inference may take above the packed masks.
         statistics_TS: the tasks' statistics of batch norm; None without batch norm.
         depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
+        kernels: whether sums may be left to kernels, which round otherwise than torch.
     """
     if config.model.name in MLPS:
-        return TaskInference(packed_TB, weights, layers, classes, memory_bytes, depth)
+        return TaskInference(
+            packed_TB, weights, layers, classes, memory_bytes, depth, kernels=kernels
+        )
     net = net_of(config, data)
     if statistics_TS is None:
         statistics_TS = np.empty((len(packed_TB), net.statistics), np.float32)
@@ -131,6 +138,7 @@ def make_inference(
         classes,
         memory_bytes,
         depth,
+        kernels=kernels,
         net=net,
         statistics_TS=as_tensor(statistics_TS),
     )

@@ -107,11 +107,13 @@ class PackedMasks:
 
     def sums_of(self, vectors_QW: Tensor, tasks_QN: Tensor) -> Tensor:
         """Return what ``sums`` says of each vector and some masks of its own [Q, N]."""
-        sums = [
-            self._unpacked(self.packed_TB[tasks_N]) @ vector_W[: self.bits]
-            for vector_W, tasks_N in zip(vectors_QW, tasks_QN, strict=True)
-        ]
-        return torch.stack(sums)
+        sums_QN = vectors_QW.new_empty(tasks_QN.shape)
+        for start in range(0, tasks_QN.shape[1], self._tile()):
+            tile = slice(start, start + self._tile())
+            for query, tasks_N in enumerate(tasks_QN[:, tile]):
+                bits = self._unpacked(self.packed_TB[tasks_N])
+                sums_QN[query, tile] = bits @ vectors_QW[query, : self.bits]
+        return sums_QN
 
     def logits(self, task: int, images_NP: Tensor) -> Tensor:
         """Return the output [N, S] of one mask's network."""

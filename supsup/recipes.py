@@ -17,6 +17,7 @@ from supsup.config import (
     RunConfig,
     TrainConfig,
 )
+from supsup.errors import ConfigError
 from supsup.fields import get_field, with_values
 
 #: Stands for a folder that only the user knows.
@@ -214,10 +215,29 @@ _PAPER: Mapping[str, Any] = {
     "openset.look": "first",
     "openset.boundaries": "hidden",
 }
-#: Values that a protocol fixes, by dotted field. "paper": Sections 4.2 and 4.3 and Appendix C.
-#: "paper-code": what the paper's code does beyond that, where nns learns of task boundaries.
+#: Values that a protocol fixes for permuted tasks, by dotted field. "paper": Sections 4.2 and 4.3
+#: and Appendix C. "paper-code": what the paper's code does beyond that, where nns learns of task
+#: boundaries.
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": _PAPER,
     "paper-code": {**_PAPER, "openset.boundaries": "told"},
 }
+#: Recipes that are an experiment of the paper's as they are.
+_AS_IN_THE_PAPER = ("rotated-mnist", "hop-split-mnist", "split-cifar100", "split-imagenet")
+
+
+def protocol_values(protocol: str, recipe: str) -> Mapping[str, Any]:
+    """Return what a protocol puts in the place of a recipe's values, by dotted field.
+
+    Raises:
+        ConfigError: if it is the paper's, and the paper has no such experiment.
+    """
+    if protocol == "default" or recipe in _AS_IN_THE_PAPER:
+        return {}
+    if RECIPES[recipe]().family != "permuted":
+        raise ConfigError(
+            f"protocol is {protocol}, but the paper has no experiment like recipe {recipe}; leave "
+            "the protocol out"
+        )
+    return PROTOCOLS[protocol]

@@ -76,7 +76,9 @@ def half_width(
     tasks' own: every task counts alike. The unit within a task is the decision, for images that
     share one are right or wrong together: its share of right images lies between 0 and 1, so
     ``p (1 - p)`` is the variance of a decision about one image and a bound for one about a group.
-    A single decision says nothing of its variance, which is then taken as 1/4, the largest.
+    A single decision says nothing of its variance, which is then taken as 1/4, the largest. Nor do
+    decisions that were all right, or all wrong: the interval is then the rule of three's, 3 in as
+    many as were taken.
 
     Args:
         rates_T: fraction of right answers of each task asked about.
@@ -96,4 +98,7 @@ def half_width(
     of_mean_T = rates_T * (1 - rates_T) / np.where(several_T, decisions_T - 1, 1)
     within_T = (1 - np.asarray(images_asked_T)) * np.where(several_T, of_mean_T, 0.25)
     variance = (1 - f1) * between / asked + f1 * float(within_T.mean()) / asked
+    whole = asked == tasks and bool(np.all(np.asarray(images_asked_T) >= 1))
+    if not variance and not whole:
+        return min(1.0, 3 / int(decisions_T.sum()))
     return _Z95 * math.sqrt(variance)

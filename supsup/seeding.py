@@ -1,7 +1,9 @@
 """Random streams, each derived from one root seed by name, so that none depends on another.
 
-The names in use: ``weights, layer``; ``scores, task, layer``; ``permutation, task``;
-``order, epoch``; ``evaluation, task`` (images); ``evaluation tasks, learned``.
+The names in use: ``weights``, ``scores``, ``permutation``, ``order``, ``class order`` (tasks and
+their training); ``trunk``, ``own weights``, ``factors``, ``rotation`` (baselines); ``stream
+order``, ``stream lengths``, ``stream visits``, ``stream fades`` (the open set); ``evaluation``
+(images), ``evaluation tasks``; ``digits split``, ``images order`` (data sets).
 """
 
 import hashlib

@@ -24,11 +24,14 @@ from torch import Tensor
 from supsup import native
 from supsup.datasets import Dataset
 from supsup.dense import CPU_TASKS, DenseLayers
+from supsup.errors import ConfigError
 from supsup.material import BATCHES, TEST_CHUNK, Material, learning_rate
 
 #: Below this fraction of pixels that are not background the kernels are faster than products.
 _DENSE_FRACTION = 0.35
 _TILE = 32
+#: Pixels that the kernels can number: pairs of them in 16 bits.
+MOST_PIXELS = 2 << 16
 #: The kernels of each precision.
 KERNELS = {"bf16": "sparse", "fp32": "sparse_avx2"}
 
@@ -39,7 +42,9 @@ def sparse_precisions() -> tuple[str, ...]:
 
 
 def mostly_background(data: Dataset) -> bool:
-    """Say whether so many pixels are background that skipping them pays."""
+    """Say whether the kernels can skip background, and there is so much of it that it pays."""
+    if data.pixels > MOST_PIXELS:
+        return False
     return bool((data.train_images != 0).mean() < _DENSE_FRACTION)
 
 
@@ -74,8 +79,14 @@ class SparseEngine:
         """List the pixels of the test images.
 
         Raises:
+            ConfigError: if the images have more pixels than the kernels can number.
             RuntimeError: if the kernels can't be had on this machine.
         """
+        if material.data.pixels > MOST_PIXELS:
+            raise ConfigError(
+                f"train.engine is sparse, which is made for images of {MOST_PIXELS} pixels at most "
+                f"and not of {material.data.pixels}; set it to dense"
+            )
         precision = material.config.train.precision
         kernels = native.load(KERNELS[precision])
         if kernels is None:

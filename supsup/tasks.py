@@ -7,6 +7,7 @@ Shapes: N images, P pixels.
 """
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -109,7 +110,8 @@ class Rotated:
     def __init__(self, config: RunConfig, data: Dataset) -> None:
         """Take the tasks of a run from a data set."""
         self._degrees, self._data, self.classes = config.degrees, data, data.classes
-        self.most = max(1, int(360 // config.degrees))
+        # As it was written: 360 / 3.6 is a little less than 100 in binary.
+        self.most = max(1, 360 // Fraction(str(config.degrees)))
 
     def train(self, task: int) -> Labelled:
         """Return the training images, turned."""

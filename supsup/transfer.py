@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from supsup.config import RunConfig
-from supsup.files import write_atomically
+from supsup.files import make_folder, write_atomically
 from supsup.general import GeneralGroup
 from supsup.masking import make_masks, pack
 from supsup.material import Material, as_tensor
 from supsup.net_inference import make_inference
-from supsup.packed import PackedMasks
 
 Floats = npt.NDArray[np.float32]
 _NAME = re.compile(r"tasks-(\d{9})-(\d{9})\.safetensors")
@@ -66,22 +65,22 @@ def inherited(material: Material, legacy: Legacy | None, task: int) -> list[Tens
 
 
 def most_similar(material: Material, legacy: Legacy, task: int) -> int:
-    """Return the earlier task that one-shot by entropy finds in a task's first training batch."""
+    """Return the earlier task that one-shot by entropy finds in a task's first training batch.
+
+    By torch alone: what kernels this machine has must shape no mask.
+    """
     config, data = material.config, material.data
     scores = _by_layer(material, legacy.scores_KW)
     packed = torch.from_numpy(pack(make_masks(config.mask, material.layers, scores)))
     classes = material.family.classes
     engine = make_inference(
         config, data, packed, material.weights, material.layers, classes,
-        statistics_TS=legacy.statistics_KS,
+        statistics_TS=legacy.statistics_KS, kernels=False,
     )  # fmt: skip
     images, labels = material.family.train(task)
     chosen_B = material.batches(len(labels))[0]
     images_BP = material.normalised(as_tensor(images[chosen_B])).float()
-    # Added up by torch alone: what kernels this machine has shapes no mask.
-    masks = PackedMasks(packed, material.weights, material.layers)
-    factor_1W = next(engine.factors(images_BP[None], "h"))
-    return int(masks.sums(factor_1W).argmin())
+    return int(engine.alpha_gradients(images_BP[None], "h").argmin())
 
 
 def handed_on(config: RunConfig, legacy: Legacy | None, group: GeneralGroup) -> Legacy:
@@ -131,7 +130,7 @@ class LegacyStore:
 
         Where every task's scores are kept, the file has those of the block.
         """
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         part = slice(block.start, block.stop) if self._all else slice(None)
         tensors = {
             "scores": np.ascontiguousarray(legacy.scores_KW[part]),

@@ -21,7 +21,7 @@ from supsup.baselines.settings import learner_values
 from supsup.config import RunConfig
 from supsup.errors import ConfigError, near, shown
 from supsup.fields import as_text, config_fields, explain, get_field, with_values
-from supsup.recipes import PROTOCOLS, RECIPES
+from supsup.recipes import PROTOCOLS, RECIPES, protocol_values
 
 MAX_TRIALS = 100_000
 #: Studies keep numbers as doubles: above this, two seeds could become one.
@@ -142,7 +142,7 @@ class SweepSpec:
         """
         own = {path: value for path, value in values.items() if path != VARIANT}
         variant = self.variants.get(values.get(VARIANT, ""), {})
-        merged: dict[str, Any] = {**PROTOCOLS[self.protocol]}
+        merged: dict[str, Any] = {**protocol_values(self.protocol, self.recipe)}
         for layer in (self.base, variant, own):
             merged |= {**learner_values(layer), **layer}
         return with_values(RECIPES[self.recipe](), {**merged, "seed": seed})
@@ -258,6 +258,7 @@ def _check(spec: SweepSpec) -> None:
             raise ConfigError(
                 f"{field} is {shown(value)}, must be one of {', '.join(known)}{near(value, known)}"
             )
+    protocol_values(spec.protocol, spec.recipe)
     if bool(spec.axes) == (spec.search is not None):
         one = "[variants]" if spec.variants else "[grid]"
         found = f"both {one} and [search]" if spec.axes else "neither [grid] nor [search]"

@@ -8,7 +8,7 @@ from supsup.config import RunConfig, checkpoints
 from supsup.errors import ConfigError
 from supsup.fields import config_fields, from_dict, get_field, to_dict, with_values
 from supsup.identity import fingerprint, resolve, training_fields
-from supsup.recipes import PROTOCOLS, RECIPES
+from supsup.recipes import RECIPES, protocol_values
 
 DATA = "0" * 64
 
@@ -18,10 +18,31 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_recipes_survive_json(recipe, protocol):
-    config = with_values(RECIPES[recipe](), PROTOCOLS[protocol])
+def test_recipes_survive_json(recipe):
+    config = RECIPES[recipe]()
     assert from_dict(to_dict(config)) == config
+
+
+def test_the_papers_protocol_is_what_the_paper_has_of_a_recipe():
+    assert protocol_values("default", "permuted-mnist") == {}
+    paper = with_values(RECIPES["permuted-mnist"](), protocol_values("paper", "permuted-mnist"))
+    assert (paper.train.learning_rate, paper.train.schedule) == (1e-4, "constant")
+    assert (paper.eval.batch, paper.eval.group, paper.eval.depth) == (1, 128, 0)
+    told = protocol_values("paper-code", "permuted-digits")
+    assert told["openset.boundaries"] == "told"
+    for as_it_is in ("rotated-mnist", "split-cifar100", "split-imagenet", "hop-split-mnist"):
+        assert protocol_values("paper", as_it_is) == {}
+    for other in ("split-mnist", "split-images"):
+        with pytest.raises(ConfigError, match=f"no experiment like recipe {other}"):
+            protocol_values("paper", other)
+
+
+def test_a_value_of_no_field_is_one_line():
+    for path in ("foo.bar", "eval.at.x", "train"):
+        with pytest.raises(ConfigError, match=f"unknown field {path}"):
+            with_values(RunConfig(), {path: 1})
+    with pytest.raises(ConfigError, match=r"did you mean train\.batches"):
+        with_values(RunConfig(), {"train.batch": 1})
 
 
 def test_every_field_has_help():

@@ -79,12 +79,21 @@ def test_the_papers_protocol_decides_once_per_128_images(quick, evaluator, train
 
 def test_a_sample_of_images_is_drawn_by_seed_and_task(quick, evaluator):
     def drawn(task):
-        (queries,) = evaluator._queries(quick.eval, [task])
+        (queries,) = evaluator._queries(quick.eval, [task], 8)
         return queries.images_QG
 
     assert drawn(0).shape == (20, 1)
     np.testing.assert_array_equal(drawn(0), drawn(0))
     assert not np.array_equal(drawn(0), drawn(1))
+
+
+def test_decisions_among_many_masks_are_taken_in_smaller_batches(quick, evaluator):
+    """Their gradients take room by the number of masks, and are within ``eval.memory_mb``."""
+    config = with_values(quick, {"eval.memory_mb": 16, "eval.images": 360})
+    sizes = [len(q.tasks_Q) for q in evaluator._queries(config.eval, [0], 10_000)]
+    assert max(sizes) * 10_000 * 4 * 6 <= 16 << 20
+    assert sum(sizes) == 360
+    assert len(list(evaluator._queries(config.eval, [0], 8))) == 1
 
 
 @pytest.mark.parametrize("values", [{}, {"eval.images": 0, "eval.group": 64}], ids=str)

@@ -183,3 +183,19 @@ def test_float64_is_never_answered_in_fp32():
 def test_without_the_kernels_torch_answers(monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: None)
     assert type(packed_masks(random_bank(2), WEIGHTS, LAYERS)) is PackedMasks
+
+
+def test_sums_of_some_masks_stay_within_their_memory(monkeypatch):
+    """Without kernels: masks are unpacked by tiles, however many are asked for."""
+    packed = random_bank(130)
+    masks = PackedMasks(packed, WEIGHTS, LAYERS, memory_bytes=10 * 4 * 8 * packed.shape[1])
+    vectors = random_vectors(masks, 3)
+    expected = masks.sums(vectors)
+    some = torch.arange(130).flip(0)[None].expand(3, -1)
+    most, unpacked = [], PackedMasks._unpacked
+    monkeypatch.setattr(
+        PackedMasks, "_unpacked", lambda self, bits: most.append(len(bits)) or unpacked(self, bits)
+    )
+    found = masks.sums_of(vectors, some)
+    torch.testing.assert_close(found, expected.flip(1), rtol=1e-5, atol=1e-3)
+    assert max(most) == masks._tile() < 130

@@ -6,6 +6,7 @@ from click.testing import CliRunner
 
 from orchestrator.recipe_list import all_recipes, one_recipe
 from supsup.config import checkpoints
+from supsup.errors import ConfigError
 from supsup.fields import config_fields, with_values
 from supsup.recipes import ANY_FOLDER, PROTOCOLS, RECIPES, quick, summary
 
@@ -76,3 +77,12 @@ def test_help_names_recipes_only_where_few_differ():
 
 def test_an_unknown_recipe_suggests_the_near_one():
     assert "did you mean split-mnist?" in str(run("recipes", "split-mnst").exception)
+
+
+def test_batch_norm_needs_more_than_one_image_at_a_time(digits):
+    from orchestrator.session import check
+
+    config = with_values(RECIPES["split-mnist"](), {"train.batch_size": 1})
+    check(config, digits)
+    with pytest.raises(ConfigError, match="must be at least 2 for bnnet, whose batch norm"):
+        check(with_values(config, {"model.name": "bnnet"}), digits)

@@ -86,6 +86,15 @@ def test_an_interval_of_zero_is_for_a_complete_question(population):
     assert half_width(rates[:30], decisions[:30], 60, 1.0) > 0
 
 
+def test_all_right_in_a_sample_may_be_chance():
+    """The rule of three: 3 in n. Among n draws, none is wrong by chance in 5 of 100 cases."""
+    decisions = np.full(20, 5)
+    assert half_width(np.ones(20), decisions, 2500, 5e-4) == pytest.approx(0.03)
+    assert half_width(np.zeros(20), decisions, 2500, 5e-4) == pytest.approx(0.03)
+    assert pytest.approx(0.05, abs=0.003) == (1 - 0.03) ** 100
+    assert half_width(np.ones(20), decisions, 20, 1.0) == 0
+
+
 def test_one_task_says_nothing_of_many():
     assert math.isnan(half_width(np.array([0.9]), np.array([100]), 2, 1.0))
 

@@ -8,9 +8,10 @@ import torch
 
 from supsup import native
 from supsup.datasets import Dataset
+from supsup.errors import ConfigError
 from supsup.fields import with_values
 from supsup.material import Material
-from supsup.sparse import KERNELS, SparseEngine, _FirstLayer, mostly_background
+from supsup.sparse import KERNELS, MOST_PIXELS, SparseEngine, _FirstLayer, mostly_background
 from supsup.train import BlockTrainer, resolve_here
 
 
@@ -151,6 +152,30 @@ def test_it_is_chosen_where_most_pixels_are_background(sparse, digits, backgroun
     assert mostly_background(background)
     assert resolve_here(auto, digits).train.engine == "dense"
     assert resolve_here(auto, background).train.engine == "sparse"
+
+
+def test_the_kernels_number_pairs_of_pixels_in_16_bits(sparse, digits):
+    """At the limit they are the dense engine's; above it they are not chosen, and refused."""
+    side, over = 512, MOST_PIXELS // 512 + 1
+    for rows in (over - 1, over):
+        images = np.zeros((16, rows * side), np.uint8)
+        images[:, -64:] = digits.train_images[:16]
+        labels = digits.train_labels[:16]
+        data = dataclasses.replace(
+            digits, train_images=images, train_labels=labels, test_images=images,
+            test_labels=labels, shape=(1, rows, side),
+        )  # fmt: skip
+        small = with_values(sparse, {"train.batches": 1, "train.batch_size": 2})
+        assert mostly_background(data) == (rows < over)
+        if rows == over:
+            with pytest.raises(ConfigError, match="131072 pixels at most and not of 131584"):
+                BlockTrainer(small, data)
+            continue
+        both = [with_values(small, {"train.engine": name}) for name in ("sparse", "dense")]
+        groups = [BlockTrainer(config, data).engine.begin(range(1)) for config in both]
+        mine, theirs = (next(iter(group.test_logits()))[0].float() for group in groups)
+        assert theirs.std() > 0
+        assert (mine - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
 def test_without_the_kernels_the_engine_is_an_error(sparse, background, monkeypatch):

@@ -39,6 +39,11 @@ def test_rotated_images_turn_by_the_angle(digits):
         family(digits, family="rotated", degrees=90, tasks=5)
 
 
+@pytest.mark.parametrize(("degrees", "tasks"), [(3.6, 100), (0.1, 3600), (7, 51), (180, 2)])
+def test_a_turn_has_as_many_angles_as_fit(digits, degrees, tasks):
+    assert family(digits, family="rotated", degrees=degrees, tasks=tasks).most == tasks
+
+
 @pytest.mark.parametrize("order", ["random", "sorted"])
 def test_split_tasks_share_the_classes_out(digits, order):
     tasks = family(digits, family="split", classes_per_task=3, tasks=3, class_order=order)

@@ -16,7 +16,7 @@ import safetensors.numpy
 from supsup.baselines.learner import Learned
 from supsup.baselines.network import Arrays
 from supsup.errors import BankError, DeterminismFault, one_line
-from supsup.files import publish, sync_folder
+from supsup.files import make_folder, publish, sync_folder
 
 
 class Shelf:
@@ -40,7 +40,7 @@ class Shelf:
             DeterminismFault: if it is there already, and was learned otherwise.
             BankError: if the disk fails.
         """
-        self._path.mkdir(exist_ok=True)
+        make_folder(self._path)
         body = {
             **{f"own/{name}": array for name, array in learned.own.items()},
             "correct": learned.correct,
