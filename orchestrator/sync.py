@@ -96,16 +96,18 @@ def _groups(runs_dir: Path, names: Sequence[str]) -> list[_Group]:
 
 
 def _sync_group(group: _Group, post: "_Post") -> Delivery:
-    boxes = [Outbox(folder) for folder in group.outboxes]
-    if not any(box.pending() or box.last_status() == "RUNNING" for box in boxes):
+    seen = [Outbox(folder) for folder in group.outboxes]
+    if not any(box.pending() or box.last_status() == "RUNNING" for box in seen):
         return Delivery(name=group.name)
     try:
         with locked(group.folder):
+            # Opened again: its own command may have ended just now, and recorded that.
+            boxes = [Outbox(folder) for folder in group.outboxes]
             return _deliver_all(group.name, boxes, post)
     except BankError as error:
         if "is in use by" in str(error):
             return Delivery(name=group.name, problem=f"left to its own command: {error}")
-        left = sum(len(box.pending()) for box in boxes)
+        left = sum(len(box.pending()) for box in seen)
         return Delivery(name=group.name, left=left, problem=post.note(str(error)))
 
 

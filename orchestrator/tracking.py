@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.outbox import RECORDS, Address, Outbox, cannot_reach, deliver
-from supsup.errors import ConfigError, one_line
+from supsup.errors import ConfigError, one_line, shown
 
 EXPERIMENT = "supsup"
 IDENTITY_TAG = "supsup.identity"
@@ -94,6 +94,18 @@ def experiment_id(store: Store) -> str:
         return str(experiment.experiment_id)
     location = store.artifacts.as_uri() if store.artifacts else None
     return str(client.create_experiment(EXPERIMENT, location, tags=_EXPERIMENT_TAGS))
+
+
+#: What the records of each kind hold.
+_SHAPES: Mapping[str, Mapping[str, type]] = {
+    "status": {"status": str},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "metrics": {"values": dict, "timestamp": int, "step": int},
+    "artifact": {"path": str},
+}
+#: Of any other kind: nothing is of this type.
+_UNKNOWN: Mapping[str, type] = {"kind": type(None)}
 
 
 class Tracker:
@@ -233,16 +245,23 @@ class MlflowSink:
             self._connect()
         from mlflow.exceptions import MlflowException
 
+        kind = record["kind"]
+        if any(not isinstance(record.get(k), x) for k, x in _SHAPES.get(kind, _UNKNOWN).items()):
+            self._leave_out(record, folder, "it isn't one that this version writes")
+            return
         try:
-            getattr(self, f"_{record['kind']}")(record, folder)
+            getattr(self, f"_{kind}")(record, folder)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            warnings.warn(
-                f"MLflow refuses {record['kind']} of {self.name} ({one_line(error)}); "
-                f"they are left out, and kept in {folder / RECORDS}",
-                stacklevel=1,
-            )
+            self._leave_out(record, folder, f"MLflow refuses it: {one_line(error)}")
+
+    def _leave_out(self, record: Mapping[str, Any], folder: Path, why: str) -> None:
+        warnings.warn(
+            f"a record ({shown(record['kind'])}) of {self.name} is left out, and kept in "
+            f"{folder / RECORDS} ({why})",
+            stacklevel=1,
+        )
 
     def _connect(self) -> None:
         for name, value in _HTTP_LIMITS.items():
@@ -294,5 +313,8 @@ class MlflowSink:
 
     def _artifact(self, record: Mapping[str, Any], folder: Path) -> None:
         path = folder / record["path"]
-        if path.exists():
+        # A folder may be somebody else's: nothing outside it is sent anywhere.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            self._leave_out(record, folder, "its file is outside the folder")
+        elif path.exists():
             self._client.log_artifact(self._run_id, str(path))

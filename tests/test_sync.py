@@ -1,5 +1,6 @@
 """What is left is delivered later: `supsup sync`, over runs and sweeps, with and without MLflow."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -115,6 +116,24 @@ def test_a_run_at_work_is_left_alone(tmp_path, monkeypatch):
     assert f"is in use by process {os.getpid()}" in str(found)
     assert store.tries == found.left == found.put_right == 0
     assert Outbox(tmp_path / "one").last_status() == "RUNNING"
+
+
+def test_a_run_that_ends_between_two_looks_keeps_its_last_records(tmp_path, monkeypatch):
+    """Its command appends, and lets go of the lock, after sync has looked and before it locks."""
+    store = Store(monkeypatch)
+    own = fill(tmp_path / "one", "one", "RUNNING")
+
+    @contextlib.contextmanager
+    def late(folder):
+        own.append("status", status="FINISHED")
+        with locked(folder):
+            yield
+
+    monkeypatch.setattr(syncing, "locked", late)
+    (found,) = sync(tmp_path, ())
+    assert (found.put_right, found.left) == (0, 0)
+    assert statuses(store, "one") == ["RUNNING", "FINISHED"]
+    assert Outbox(tmp_path / "one").last_status() == "FINISHED"
 
 
 @pytest.mark.slow

@@ -10,7 +10,14 @@ import pytest
 
 from orchestrator import tracking
 from orchestrator.outbox import Outbox
-from orchestrator.tracking import EXPERIMENT, IDENTITY_TAG, Tracker, local_store, store_for
+from orchestrator.tracking import (
+    EXPERIMENT,
+    IDENTITY_TAG,
+    MlflowSink,
+    Tracker,
+    local_store,
+    store_for,
+)
 from supsup.errors import ConfigError
 
 
@@ -155,12 +162,62 @@ def test_what_mlflow_will_never_take_keeps_nothing_else_from_it(folder):
     again = Tracker(folder, store, "one", "identity-1")
     again._outbox.append("params", values={"seed": "1"})
     again._outbox.append("tags", values={"device": "gpu"})
-    with pytest.warns(UserWarning, match="MLflow refuses params of one"):
+    with pytest.warns(UserWarning, match=r"\(params\) of one is left out, .*MLflow refuses it"):
         delivered = again.close("FINISHED")
     assert delivered
     _, (run,) = runs_in(store)
     assert run.data.params == {"seed": "0"}
     assert run.data.tags["device"] == "gpu"
+
+
+class Client:
+    """What MLflow is asked to do."""
+
+    def __init__(self):
+        self.sent = []
+
+    def log_artifact(self, run_id, path):
+        self.sent.append(path)
+
+    def update_run(self, run_id, status):
+        self.sent.append(status)
+
+
+@pytest.fixture
+def sink(tmp_path):
+    made = MlflowSink(local_store(tmp_path), "one", "identity-1")
+    made._client = Client()
+    return made
+
+
+def test_no_file_from_outside_a_folder_is_sent(sink, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "own.png").touch()
+    (tmp_path / "secret").touch()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    for path in ("../secret", str(tmp_path / "secret"), "link"):
+        with pytest.warns(UserWarning, match="its file is outside the folder"):
+            sink.apply({"kind": "artifact", "path": path}, folder)
+    sink.apply({"kind": "artifact", "path": "own.png"}, folder)
+    assert sink._client.sent == [str(folder / "own.png")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "connect"},
+        {"kind": "leave_out"},
+        {"kind": "later"},
+        {"kind": "metrics", "values": [1], "timestamp": 1, "step": 1},
+        {"kind": "artifact"},
+    ],
+)
+def test_a_record_that_no_version_writes_blocks_none_behind_it(sink, tmp_path, record):
+    with pytest.warns(UserWarning, match="it isn't one that this version writes"):
+        sink.apply(record, tmp_path)
+    sink.apply({"kind": "status", "status": "RUNNING"}, tmp_path)
+    assert sink._client.sent == ["RUNNING"]
 
 
 @pytest.mark.parametrize(
