@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
-import ray
 
+from orchestrator.actors import put
 from orchestrator.coordinator import MetricSink
 from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
@@ -166,8 +166,8 @@ class ChunkedRun:
         """Ask every chunk's masks about every other chunk's data, and join what agrees."""
         started = time.perf_counter()
         sizes = [_allocated(ledger) for ledger in self._ledgers]
-        masks = [ray.put(_masks(ledger)) for ledger in self._ledgers]
-        steps = [ray.put(ledger.steps) for ledger in self._ledgers]
+        masks = [put(_masks(ledger)) for ledger in self._ledgers]
+        steps = [put(ledger.steps) for ledger in self._ledgers]
         probes = [_last_segments(ledger.steps) for ledger in self._ledgers]
         questions = [
             (a, b, start)

@@ -349,7 +349,8 @@ def _finish(outcome: "Outcome", runs_dir: str) -> None:
         if path.suffix == ".png":
             click.echo(f"picture     {path}")
     click.echo(f"mask bank   {outcome.folder.path} ({outcome.bank_bytes / 1e6:.1f} MB)")
-    click.echo(f"results     {_again('ui', '', runs_dir)}")
+    elsewhere = outcome.store.given
+    click.echo(f"results     {redacted(elsewhere) if elsewhere else _again('ui', '', runs_dir)}")
     if not outcome.delivered:
         click.echo(
             "MLflow has not got all records; they are kept, and delivered by: "

@@ -123,12 +123,18 @@ def method_name(method: str, settings: EvalConfig) -> str:
 
 
 def folder_name(settings: EvalConfig) -> str:
-    """Return the name of a folder for what an evaluation shows: its methods, or the first."""
+    """Return the name of a folder for what an evaluation shows: its methods, or the first.
+
+    Then what else was asked otherwise than by the defaults: ``h-one-shot-images9-depth1``.
+    """
     labels = [label(method, settings) for method in settings.methods]
-    if len(labels) <= FEW_METHODS:
-        return "+".join(labels)
-    digest = hashlib.sha256("+".join(labels).encode()).hexdigest()[:8]
-    return f"{labels[0]}+{len(labels) - 1}-more-{digest}"
+    name = "+".join(labels)
+    if len(labels) > FEW_METHODS:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{labels[0]}+{len(labels) - 1}-more-{digest}"
+    usual = EvalConfig()
+    asked = {x: getattr(settings, x) for x in ("images", "tasks", "depth", "shortlist", "sketch")}
+    return name + "".join(f"-{x}{v}" for x, v in asked.items() if v != getattr(usual, x))
 
 
 def metrics(

@@ -69,7 +69,7 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
         config = resolve_on(cluster.machine, config, data)
         manifest = make_manifest(config, data)
         folder = _folder(where.runs_dir, name, launch.recipe, manifest)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         with locked(folder.path):
             bank = open_bank(folder, manifest)
             launch = dataclasses.replace(launch, identity=folder.identity() or launch.identity)
@@ -142,9 +142,18 @@ def evaluate(
         connect(where.address, where.workers, config.train.device) as cluster,
     ):
         task = RunWork(cluster, config, at, data, bank, folder, reporter, train=False)
-        report_dir = folder.path / "report" / folder_name(config.eval)
+        report_dir = folder.path / "report" / f"{config.scenario}-{folder_name(config.eval)}"
         with _naming_the_remedy("the same command"):
             return task.work(stock, store, launch, report_dir, started)
+
+
+def _make(folder: RunFolder) -> None:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(
+            f"{folder.path} is a file, must be a run's folder; move it, or give another --name"
+        ) from None
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
 import torch
 from torch import Tensor
 
+from orchestrator.actors import put
 from orchestrator.crew import Call, Crew
 from orchestrator.progress import Reporter
 from orchestrator.stream_book import (
@@ -59,7 +59,7 @@ class ShardedMembers:
 
     def scores(self, factor_W: Tensor) -> Scores:
         """See ``Members``."""
-        factor = ray.put(factor_W.numpy())
+        factor = put(factor_W.numpy())
         shards = range(min(len(self._crew), -(-len(self._packed) // PAGE)))
         calls = [
             Call(shard, "scores", functools.partial(self._question, shard, factor))
@@ -130,7 +130,7 @@ class RemoteTrainer:
 
     def train(self, mask: int, segment: Segment, state: MaskState) -> MaskState:
         """See ``Trainer``."""
-        reference = ray.put(segment)
+        reference = put(segment)
         self._meanwhile()
         trained: MaskState = self._crew.call(0, "train_mask", mask, reference, state)
         return trained
@@ -218,7 +218,7 @@ def evaluate_masks(
     reporter: Reporter,
 ) -> Evaluation:
     """Evaluate an open-set learner's masks, spread over the workers: see ``evaluations``."""
-    refs, images = (ray.put(masks_KB), ray.put(owners_K)), len(data.test_labels)
+    refs, images = (put(masks_KB), put(owners_K)), len(data.test_labels)
     jobs = evaluations(settings, *refs, learned, asked, images, len(crew))
     parts = []
     for part in crew.map(_in_turn(crew, "evaluate", jobs)):

@@ -99,7 +99,7 @@ class StreamBook:
     def tasks_gone(self) -> int:
         """Tasks that went by and don't come back."""
         last = self.ledger.segments - 1
-        return len(self.stream.finished_by(last)) if last >= 0 else 0
+        return self.stream.count_finished(last) if last >= 0 else 0
 
     @property
     def owners(self) -> npt.NDArray[np.int64]:
@@ -232,7 +232,7 @@ def due(stream: Stream, checkpoints: Sequence[int]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     waiting = deque(checkpoints)
     for number in range(len(stream)):
-        gone = len(stream.finished_by(number))
+        gone = stream.count_finished(number)
         while waiting and waiting[0] <= gone:
             found.setdefault(number, []).append(waiting.popleft())
     return found

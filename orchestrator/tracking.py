@@ -157,9 +157,14 @@ class Tracker:
         """Record that a file in the run's folder is to be shown."""
         self._outbox.append("artifact", path=str(path.relative_to(self._folder)))
 
-    def close(self, status: str) -> bool:
-        """Record the end, wait as long as records get through, and say whether all did."""
-        self._outbox.append("status", status=status)
+    def close(self, status: str | None) -> bool:
+        """Record the end, wait as long as records get through, and say whether all did.
+
+        Args:
+            status: what the MLflow run ends with; None: it has ended before.
+        """
+        if status is not None:
+            self._outbox.append("status", status=status)
         self._closing, self._moved = True, time.monotonic()
         self._wake.set()
         wait_for(self._thread, self._store, lambda: self._moved, self._note)

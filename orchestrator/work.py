@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from orchestrator.actors import put
 from orchestrator.baseline import BaselineJobs
 from orchestrator.chunks import ChunkedRun
 from orchestrator.cluster import Cluster, put_data
-from orchestrator.coordinator import RunJobs
+from orchestrator.coordinator import MetricSink, RunJobs
 from orchestrator.crew import Crew
 from orchestrator.progress import Reporter
 from orchestrator.reference import forward_transfer
@@ -100,9 +100,9 @@ class RunWork:
         )
         if self._config.scenario == "nns":
             return self._work_stream(store, launch, report_dir, started)
-        with _tracking(self._folder, store, launch, self._reporter) as tracking:
+        with _tracking(self._folder, store, launch, self._reporter, self._train) as tracking:
             if self._train:
-                tracking.tracker.begin(*self._description())
+                tracking.own.begin(*self._description())
             jobs = self._jobs(stock, tracking.tracker)
             if jobs.widest:
                 self._run_pool(jobs)
@@ -130,7 +130,7 @@ class RunWork:
             delivered=tracking.delivered,
         )
 
-    def _jobs(self, stock: Stock, tracker: Tracker) -> RunJobs | BaselineJobs:
+    def _jobs(self, stock: Stock, tracker: MetricSink) -> RunJobs | BaselineJobs:
         if self._config.learner == "supsup":
             return RunJobs(
                 config=self._config,
@@ -157,7 +157,7 @@ class RunWork:
             train=self._train,
         )
 
-    def _with_reference(self, results: Results, tracker: Tracker) -> Results:
+    def _with_reference(self, results: Results, tracker: MetricSink) -> Results:
         """Add what the run is measured against, and record it."""
         rates_T = results.gg_correct / results.sizes
         found = forward_transfer(self._config, rates_T, self._bank)
@@ -168,9 +168,9 @@ class RunWork:
     def _work_stream(
         self, store: Store, launch: Launch, report_dir: Path, started: float
     ) -> Outcome:
-        with _tracking(self._folder, store, launch, self._reporter) as tracking:
+        with _tracking(self._folder, store, launch, self._reporter, self._train) as tracking:
             if self._train:
-                tracking.tracker.begin(*self._description())
+                tracking.own.begin(*self._description())
             stream = self._stream_run(tracking.tracker)
             with contextlib.ExitStack() as stack:
                 crew = None if stream.settled else stack.enter_context(self._crew())
@@ -194,7 +194,7 @@ class RunWork:
             delivered=tracking.delivered,
         )
 
-    def _stream_run(self, tracker: Tracker) -> StreamRun | ChunkedRun:
+    def _stream_run(self, tracker: MetricSink) -> StreamRun | ChunkedRun:
         parts: dict[str, Any] = {
             "config": self._config,
             "data": self._data,
@@ -257,27 +257,43 @@ class RunWork:
         return params, {key: value for key, value in tags.items() if value}
 
 
-class _Tracking:
+class _Evaluated:
+    """The tracker of a command that trains nothing: the run's own figures stay as they are."""
+
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+        self._tracker = tracker
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record what the methods reached that were asked: SCENARIO/MEASURE/METHOD."""
+        self._tracker.metrics({k: v for k, v in values.items() if k.count("/") == 2}, step)
+
+    def artifact(self, path: Path) -> None:
+        """Record a file."""
+        self._tracker.artifact(path)
+
+
+class _Tracking:
+    def __init__(self, tracker: Tracker, train: bool) -> None:
+        self.own = tracker
+        self.tracker = tracker if train else _Evaluated(tracker)
         self.status = "FAILED"
         self.delivered = False
 
 
 @contextmanager
 def _tracking(
-    folder: RunFolder, store: Store, launch: Launch, reporter: Reporter
+    folder: RunFolder, store: Store, launch: Launch, reporter: Reporter, train: bool
 ) -> Iterator[_Tracking]:
-    """Track a run; however it ends, its MLflow run ends with it."""
+    """Track a run; however its training ends, its MLflow run ends with it."""
     tracker = Tracker(folder.path, store, folder.name, launch.identity, reporter.note)
-    tracking = _Tracking(tracker)
+    tracking = _Tracking(tracker, train)
     try:
         yield tracking
     except (KeyboardInterrupt, SystemExit):
         tracking.status = "KILLED"
         raise
     finally:
-        tracking.delivered = tracking.tracker.close(tracking.status)
+        tracking.delivered = tracker.close(tracking.status if train else None)
 
 
 def shelf_of(bank: Bank) -> Shelf:
@@ -293,7 +309,7 @@ def git_commit() -> str:
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return ""
     return found.stdout.strip()
 

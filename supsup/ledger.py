@@ -23,7 +23,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from supsup.apprentice import MaskState
-from supsup.errors import BankError
+from supsup.errors import BankError, DiskFault
 from supsup.files import make_folder, publish, sync_folder
 from supsup.members import Packed
 from supsup.openset import Step
@@ -74,7 +74,7 @@ class Ledger:
         """Store a step. When this returns, it survives a power cut.
 
         Raises:
-            BankError: if the disk fails; the steps before it are safe.
+            DiskFault: if the disk fails; the steps before it are safe.
         """
         line: dict[str, Any] = {name: getattr(step, name) for name in _LINE}
         try:
@@ -82,7 +82,7 @@ class Ledger:
                 line["crc32"] = self._write_mask(step.mask, step.segment, step.packed_B, step.state)
             self._append(line)
         except OSError as error:
-            raise BankError(
+            raise DiskFault(
                 f"{self._file.parent} can't be written: {error.strerror}; the steps before it are "
                 "safe, mend the disk and run supsup resume"
             ) from error

@@ -98,7 +98,8 @@ def half_width(
     of_mean_T = rates_T * (1 - rates_T) / np.where(several_T, decisions_T - 1, 1)
     within_T = (1 - np.asarray(images_asked_T)) * np.where(several_T, of_mean_T, 0.25)
     variance = (1 - f1) * between / asked + f1 * float(within_T.mean()) / asked
-    whole = asked == tasks and bool(np.all(np.asarray(images_asked_T) >= 1))
-    if not variance and not whole:
-        return min(1.0, 3 / int(decisions_T.sum()))
+    whole_sets = bool(np.all(np.asarray(images_asked_T) >= 1))
+    alike = bool(np.all(rates_T == 0) or np.all(rates_T == 1))
+    if alike and not variance and not (whole_sets and asked == tasks):
+        return min(1.0, 3 / (asked if whole_sets else int(decisions_T.sum())))
     return _Z95 * math.sqrt(variance)

@@ -139,8 +139,11 @@ class Stream:
 
     def finished_by(self, number: int) -> list[int]:
         """Return the tasks that don't come back behind a segment, in the order of their end."""
-        count = bisect.bisect_right(self._ends, self._cuts[number + 1], key=lambda end: end[1])
-        return [task for task, _ in self._ends[:count]]
+        return [task for task, _ in self._ends[: self.count_finished(number)]]
+
+    def count_finished(self, number: int) -> int:
+        """Return how many tasks don't come back behind a segment."""
+        return bisect.bisect_right(self._ends, self._cuts[number + 1], key=lambda end: end[1])
 
     # --- images --------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import pytest
 
 from supsup import ledger as ledger_module
 from supsup.apprentice import MaskState
-from supsup.errors import BankError
+from supsup.errors import BankError, DiskFault
 from supsup.ledger import Ledger
 from supsup.openset import Step
 
@@ -84,7 +84,7 @@ def test_a_step_that_the_disk_refuses_is_not_there(tmp_path, monkeypatch, point)
     where = ledger_module if point == "publish" else Ledger
     with monkeypatch.context() as patch:
         patch.setattr(where, point, full)
-        with pytest.raises(BankError, match=r"No space left.*supsup resume"):
+        with pytest.raises(DiskFault, match=r"No space left.*supsup resume"):
             ledger.commit(STEPS[3])
     same(Ledger(tmp_path), STEPS[:3])
     again = Ledger(tmp_path)

@@ -174,6 +174,8 @@ def test_many_methods_are_rows_of_the_table(results):
     assert all(name in row for name, row in zip(said, rows, strict=True))
     assert folder_name(settings).startswith("h-shortlist-b128+4-more-")
     assert folder_name(SETTINGS) == "h-shortlist+g-one-shot"
+    other = replace(SETTINGS, images=9, depth=1)
+    assert folder_name(other) == "h-shortlist+g-one-shot-images9-depth1"
 
 
 def test_the_files_say_what_was_measured(results, tmp_path):

@@ -138,12 +138,18 @@ def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
     done = supsup(whole, "eval", "whole", "--objective", "g", "--batch", "10", "--at", "3,16")
     assert "trained now" not in done.stdout
     assert "G one-shot, 10 images" in done.stdout
-    assert (whole / "runs" / "whole" / "report" / "g-one-shot-b10" / "accuracy.png").exists()
+    report = whole / "runs" / "whole" / "report"
+    assert (report / "gnu-g-one-shot-b10-images20" / "accuracy.png").exists()
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{whole}/runs/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("supsup").experiment_id])
     assert run.data.metrics["gnu/task_accuracy/g-one-shot-b10"] > 0.9
+    # The figures of the run stay those of its own evaluation, and its end is its training's.
+    assert run.data.metrics["gnu/accuracy"] == run.data.metrics["gnu/accuracy/h-one-shot"]
+    assert run.info.status == "FINISHED"
+    records = (whole / "runs" / "whole" / "records.jsonl").read_text().splitlines()
+    assert records.count('{"kind": "status", "status": "FINISHED"}') == 2
     assert run.data.tags["tasks"] == "16"
 
 

@@ -93,6 +93,7 @@ def test_all_right_in_a_sample_may_be_chance():
     assert half_width(np.zeros(20), decisions, 2500, 5e-4) == pytest.approx(0.03)
     assert pytest.approx(0.05, abs=0.003) == (1 - 0.03) ** 100
     assert half_width(np.ones(20), decisions, 20, 1.0) == 0
+    assert half_width(np.ones(20), decisions, 2500, 1.0) == pytest.approx(3 / 20)
 
 
 def test_one_task_says_nothing_of_many():

@@ -59,7 +59,7 @@ def test_shards_answer_bit_for_bit_as_one(monkeypatch, shards):
                 self.members.put(mask, packed_B)
             return self.members.scores(torch.from_numpy(factor))
 
-    monkeypatch.setattr("orchestrator.stream.ray.put", lambda array: array)
+    monkeypatch.setattr("orchestrator.stream.put", lambda array: array)
     packed = random_bank(3 * PAGE + 5)
     crew = Here([Shard() for _ in range(shards)])
     whole, sharded = LocalMembers(LAYERS, WEIGHTS), ShardedMembers(crew)

@@ -150,3 +150,13 @@ def test_a_stream_shorter_than_a_decision_is_an_error(open_quick, digits):
 def test_more_chunks_than_segments_are_an_error(open_quick, digits):
     with pytest.raises(ConfigError, match=r"openset.chunks is 25, must be at most 24"):
         stream_of(open_quick, digits, chunks=25)
+
+
+def test_tasks_that_are_over_are_counted_as_they_are_listed(quick, digits):
+    config = with_values(
+        quick, {"scenario": "nns", "openset.stream": "recurring", "openset.decide_every": 5}
+    )
+    stream = Stream(config, digits)
+    for number in range(len(stream)):
+        assert stream.count_finished(number) == len(stream.finished_by(number))
+    assert stream.count_finished(len(stream) - 1) == config.tasks

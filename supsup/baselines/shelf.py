@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from supsup.baselines.learner import Learned
 from supsup.baselines.network import Arrays
-from supsup.errors import BankError, DeterminismFault, one_line
+from supsup.errors import BankError, DeterminismFault, DiskFault, one_line
 from supsup.files import make_folder, publish, sync_folder
 
 
@@ -38,7 +38,7 @@ class Shelf:
 
         Raises:
             DeterminismFault: if it is there already, and was learned otherwise.
-            BankError: if the disk fails.
+            DiskFault: if the disk fails.
         """
         make_folder(self._path)
         body = {
@@ -129,7 +129,7 @@ class Shelf:
         try:
             new = publish(path, content)
         except OSError as error:
-            raise BankError(
+            raise DiskFault(
                 f"{path} can't be written: {error.strerror}; the tasks before it are safe, "
                 "mend the disk and run supsup resume"
             ) from error
