@@ -14,6 +14,7 @@ import click
 
 import supsup
 from orchestrator import options
+from orchestrator.defaults import UMASK, quiet_and_closed
 from supsup.baselines.settings import learner_values
 from supsup.config import RunConfig
 from supsup.errors import ConfigError, RunFailed, UserError, near, plain, redacted, shown
@@ -30,18 +31,6 @@ _INTERRUPTED, _TERMINATED = 130, 143
 #: What a full or broken disk says, and what to say then.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _SAFE = "what is finished is safe, mend the disk and go on with supsup resume"
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Of workers and nodes that die, the run tells in its own words; many workers are meant.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "has been marked dead|Raylet is terminated|died or was killed"
-    "|killed due to|processes have been started|IO worker",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -51,11 +40,9 @@ _ENVIRONMENT = {
 @click.version_option(supsup.__version__)
 def cli() -> None:
     """Run SupSup (Supermasks in Superposition) on a laptop or a Ray cluster."""
-    # Runs, tokens and databases are the user's alone.
-    os.umask(0o077)
+    os.umask(UMASK)
     warnings.formatwarning = lambda text, *_args, **_names: f"warning: {redacted(str(text))}\n"
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    quiet_and_closed()
 
 
 @cli.command()

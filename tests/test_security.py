@@ -3,13 +3,14 @@
 import ast
 import json
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-from orchestrator import cli
+from orchestrator import cli, defaults
 from supsup.errors import UserError, one_line, plain, redacted
 
 ROOT = Path(__file__).parents[1]
@@ -76,13 +77,38 @@ def test_a_tracking_uri_with_a_password_is_refused(monkeypatch, capsys, tmp_path
 def test_every_command_writes_for_its_user_alone_and_asks_for_a_token(monkeypatch):
     masks = []
     monkeypatch.setattr(os, "umask", masks.append)
-    for name in cli._ENVIRONMENT:
+    for name in defaults._ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     cli.cli.callback()
     assert masks == [0o077]
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_notebook_has_the_same_defaults_before_ray_is_imported():
+    program = (
+        "import os, sys, sweeps; sweeps.run; "
+        "print(os.environ['RAY_AUTH_MODE'], os.environ['RAY_USAGE_STATS_ENABLED'], "
+        "os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in defaults._ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["token", "0", "true"]
+
+
+def test_private_files_are_private_and_the_umask_comes_back(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with defaults.private_files():
+            (tmp_path / "own").touch()
+        (tmp_path / "shared").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o644
 
 
 def test_nothing_unpickles_and_no_yaml_is_read():
