@@ -86,6 +86,10 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
                 "learner": "batche", "eval.methods": "h-one-shot", "eval.depth": 1,
             },
             "batche-all": {"learner": "batche", "eval.methods": "h-all-masks"},
+            "batche-all-128": {
+                "learner": "batche", "eval.methods": "h-all-masks", "eval.batch": 128,
+                "eval.images": 512,
+            },
             "supsup-one-shot": {"eval.methods": "h-one-shot"},
         },
     },
