@@ -92,8 +92,12 @@ class WorkerPool:
         """The handles of the workers."""
         return [worker.actor for worker in self._state.workers]
 
-    def run(self, source: JobSource) -> None:
+    def run(self, source: JobSource, at_look: Callable[[], None] = lambda: None) -> None:
         """Work until the source has no job and none is running.
+
+        Args:
+            source: where the jobs come from.
+            at_look: called at every look at the cluster, however long the jobs take.
 
         Raises:
             ClusterFailed: if workers die again and again, none comes up, the cluster is gone, or
@@ -111,6 +115,7 @@ class WorkerPool:
                     self._collect(source, worker)
             if self._clock() - self._looked >= _LOOK_SECONDS:
                 self._look(source)
+                at_look()
 
     def close(self) -> None:
         """Stop the workers."""

@@ -1,5 +1,6 @@
 """The pool: by a script without Ray, who gets what and what is tried again; and on Ray."""
 
+import itertools
 import os
 import time
 from collections import Counter, deque
@@ -180,6 +181,17 @@ def test_all_jobs_are_done_by_all_workers():
     assert set(source.results) == set(range(10))
     assert {number for number, _ in script.submitted} == {0, 1, 2}
     assert script.now == 4.0
+
+
+def test_who_asks_is_called_at_every_look_however_long_a_job_takes():
+    script, looks = Script(), [0.0]
+    source = Source(do("ok", 600.0, tag="long"))
+    made = WorkerPool(script, 1, clock=script.clock)
+    made.run(source, at_look=lambda: looks.append(script.now))
+    made.close()
+    assert set(source.results) == {"long"}
+    assert looks[-1] >= 595.0
+    assert max(after - before for before, after in itertools.pairwise(looks)) <= 10.0
 
 
 def test_a_bad_job_hurts_itself_alone():
