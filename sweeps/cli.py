@@ -55,19 +55,20 @@ def sweep() -> None:
 
 def _options(*names: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
-        for option in reversed((*names, options.runs_dir, options.data_dir, _storage)):
+        for option in reversed((*names, options.runs_dir, _storage)):
             command = option(command)
         return command
 
     return decorate
 
 
-_work = (_concurrency, options.worker_options, options.tracking_uri)
+_plan = (options.worker_options, options.tracking_uri, options.data_dir)
+_work = (_concurrency, *_plan)
 
 
 @sweep.command("plan")
 @click.argument("spec", metavar="SPEC")
-@_options(_quick, *_work)
+@_options(_quick, *_plan)
 def plan(spec: str, quick: bool, **given: Any) -> None:
     """Say what a sweep would train, evaluate and skip. Nothing runs, nothing is written."""
     from sweeps import session
@@ -82,10 +83,10 @@ def run(spec: str, quick: bool, **given: Any) -> None:
     """Run a sweep, or go on with it: what is done is not done again."""
     from sweeps import session
 
-    asked = session.spec_for(spec, quick)
-    with _saying_how_to_go_on(asked.name):
-        outcome = session.run(asked, options=_given(given))
-    _finish(outcome)
+    asked, found = session.spec_for(spec, quick), _given(given)
+    with _saying_how_to_go_on(asked.name, found.runs_dir):
+        outcome = session.run(asked, options=found)
+    _finish(outcome, found.runs_dir)
 
 
 @sweep.command("resume")
@@ -95,9 +96,10 @@ def resume(name: str, **given: Any) -> None:
     """Go on with the sweep of that NAME, whatever stopped it."""
     from sweeps import session
 
-    with _saying_how_to_go_on(name):
-        outcome = session.resume(name, _given(given))
-    _finish(outcome)
+    found = _given(given)
+    with _saying_how_to_go_on(name, found.runs_dir):
+        outcome = session.resume(name, found)
+    _finish(outcome, found.runs_dir)
 
 
 @sweep.command("status")
@@ -123,7 +125,8 @@ def report(name: str, **given: Any) -> None:
     """Write the tables and pictures of the sweep of that NAME again."""
     from sweeps import session
 
-    _finish(session.report(name, _given(given)))
+    found = _given(given)
+    _finish(session.report(name, found), found.runs_dir)
 
 
 @cli.command()
@@ -160,11 +163,13 @@ def doctor(storage: str | None, **given: Any) -> None:
 
 
 @contextmanager
-def _saying_how_to_go_on(name: str) -> Iterator[None]:
+def _saying_how_to_go_on(name: str, runs_dir: Path) -> Iterator[None]:
+    from sweeps.remedies import again
+
     try:
         yield
     except KeyboardInterrupt:
-        go_on = f"supsup sweep resume {name}"
+        go_on = again("sweep resume", runs_dir, name)
         click.echo(f"stopped; finished blocks are safe, go on with {go_on}", err=True)
         raise
 
@@ -172,7 +177,7 @@ def _saying_how_to_go_on(name: str) -> Iterator[None]:
 def _given(given: dict[str, Any]) -> "Options":
     from sweeps.work import Options
 
-    data_dir = given.pop("data_dir")
+    data_dir = given.pop("data_dir", None)
     return Options(
         **{
             **given,
@@ -188,18 +193,22 @@ def _print(table: Any) -> None:
     Console(highlight=False).print(table)
 
 
-def _finish(outcome: "Outcome") -> None:
+def _finish(outcome: "Outcome", runs_dir: Path) -> None:
     """Show what came out; exit with 1 if a trial failed."""
+    from sweeps.remedies import again
+
     _print(outcome.table)
     states = ", ".join(f"{n} {state}" for state, n in outcome.counts.items() if n)
     click.echo(f"{states}; {outcome.trained} tasks trained now, {outcome.seconds:.0f} s in all")
     click.echo(f"report      {outcome.files[0].parent}")
     if not outcome.delivered:
         click.echo(
-            "MLflow has not got all records; they are kept, and delivered by supsup sync", err=True
+            "MLflow has not got all records; they are kept, and delivered by: "
+            + again("sync", runs_dir),
+            err=True,
         )
     for text in outcome.failures:
         click.echo(text, err=True)
     if outcome.failures:
-        click.echo(f"try again: supsup sweep resume {outcome.name}", err=True)
+        click.echo(f"try again: {again('sweep resume', runs_dir, outcome.name)}", err=True)
         sys.exit(1)

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from sweeps import cli
+from sweeps.study import Record
+from sweeps.work import Outcome
 
 SUPSUP = str(Path(sys.executable).with_name("supsup"))
 GRID = """
@@ -68,6 +71,9 @@ def supsup(monkeypatch, capsys, tmp_path):
         (("resume", "../up"), "sweep name is '../up'"),
         (("status", "none"), "there is no sweep none in runs"),
         (("report", "none"), "there is no sweep none in runs"),
+        (("status", "none", "--data-dir", "x"), "No such option"),
+        (("report", "none", "--data-dir", "x"), "No such option"),
+        (("plan", "grid.toml", "--concurrency", "2"), "No such option"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(supsup, tmp_path, words, said):
@@ -103,6 +109,29 @@ def test_a_plan_of_a_search_says_how_long_it_takes_at_most(supsup, tmp_path):
     assert "5 trials of 4 tasks by tpe, 0 ended" in text
     assert re.search(r"at most about \d+\.\d min of training", text)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("runs_dir", "more"), [("runs", ""), ("my runs", " --runs-dir 'my runs'")])
+def test_remedies_name_the_runs_folder(capsys, tmp_path, runs_dir, more):
+    outcome = Outcome(
+        name="grid", table=Table(), records=[failed()], counts={"failed": 1}, trained=0,
+        seconds=1.0, files=[tmp_path / "report" / "trials.csv"], delivered=False,
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli._finish(outcome, Path(runs_dir))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(f"delivered by: supsup sync{more}")
+    assert lines[-1] == f"try again: supsup sweep resume grid{more}"
+    with pytest.raises(KeyboardInterrupt), cli._saying_how_to_go_on("grid", Path(runs_dir)):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.endswith(f"go on with supsup sweep resume grid{more}\n")
+
+
+def failed():
+    return Record(
+        number=0, state="failed", values={}, seed=0, curve={}, objectives=(), reason="no luck",
+        fingerprint="", seconds=None,
+    )  # fmt: skip
 
 
 def test_every_preset_is_in_the_help(supsup):
