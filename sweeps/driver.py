@@ -8,54 +8,20 @@ and no worker idles. Trials of one bank take turns: what one has trained, the ne
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.cluster import Cluster
+from orchestrator.jobs import ClusterFailed
 from orchestrator.pool import Failure, Job, JobSource
-from orchestrator.results import label
 from orchestrator.worker import THREADS, WorkerSetup
-from supsup.config import RunConfig
-from supsup.errors import RunFailed, UserError, one_line
+from supsup.errors import DeterminismFault, RunFailed, UserError, one_line
+from sweeps.ears import Ears, Progress, Ready, Tracks
+from sweeps.endings import Best, as_text, line, outcome
 from sweeps.spec import SweepSpec
 from sweeps.study import Curve, SweepStudy, Trial
 from sweeps.worker import RemoteSweepWorker
-
-
-class Tracks(Protocol):
-    """What a trial's tracker does here."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record metrics."""
-
-    def close(self, status: str, tags: Mapping[str, str]) -> None:
-        """Record the end."""
-
-
-class Progress(Protocol):
-    """Where a sweep tells how far it is."""
-
-    def began(self) -> None:
-        """Count a trial that is running now."""
-
-    def ended(self, state: str, text: str, best: str) -> None:
-        """Count a trial that ended, and say how."""
-
-    def trained(self, tasks: int) -> None:
-        """Count tasks trained."""
-
-    def note(self, text: str) -> None:
-        """Say something that should stay visible."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A trial whose configuration is known and checked."""
-
-    trial: Trial
-    config: RunConfig
-    fingerprint: str
 
 
 class TrialJobs(JobSource, Protocol):
@@ -100,76 +66,8 @@ class Prepares(Protocol):
     def tracker(self, ready: Ready) -> Tracks:
         """Begin to track a trial."""
 
-    def open(self, ready: Ready, ears: "Ears", stack: contextlib.ExitStack) -> Opened:
+    def open(self, ready: Ready, ears: Ears, stack: contextlib.ExitStack) -> Opened:
         """Open a trial's bank, locked until the stack ends."""
-
-
-class Ears:
-    """Hears what a trial's ``TrialJobs`` tell: metrics of a checkpoint, progress, notes."""
-
-    def __init__(
-        self,
-        ready: Ready,
-        tracker: Tracks,
-        progress: Progress,
-        prune: Callable[[int, float], bool],
-    ) -> None:
-        """Pass on metrics to the tracker, notes to the progress.
-
-        Args:
-            ready: the trial.
-            tracker: where its metrics go.
-            progress: where the sweep's progress goes.
-            prune: told of accuracies at numbers of tasks learned; says whether that is poor.
-        """
-        self._ready, self._tracker, self._progress = ready, tracker, progress
-        self._prune = prune
-        self._summary_follows = False
-        self.curve: Curve = {}
-        self.pruned_at: int | None = None
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Keep the accuracies at a checkpoint."""
-        self._tracker.metrics(values, step)
-        self._summary_follows = True
-        point = measured(self._ready.config, values)
-        if "accuracy" not in point:
-            # A stream that went on was evaluated otherwise there: its masks are others now.
-            return
-        self.curve[step] = point
-        poor = self._prune(step, point["accuracy"])
-        if poor and step < self._ready.config.tasks and self.pruned_at is None:
-            self.pruned_at = step
-
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """Begin to count something."""
-
-    def advance(self, what: str, by: int) -> None:
-        """Count on: the driver counts the tasks of all trials itself."""
-
-    def note(self, text: str) -> None:
-        """Pass on what should stay visible: not a checkpoint's summary, there are too many."""
-        if not self._summary_follows:
-            self._progress.note(f"trial {self._ready.trial.number}: {text}")
-        self._summary_follows = False
-
-
-def measured(config: RunConfig, values: Mapping[str, float]) -> dict[str, float]:
-    """Return the measures of a checkpoint by names that all scenarios share.
-
-    Those of an open set are named as in the table of its run.
-    """
-    scenario, first = config.scenario, label(config.eval.methods[0], config.eval)
-    point = {
-        "accuracy": values.get(f"{scenario}/accuracy", math.nan),
-        "task_accuracy": values.get(f"{scenario}/task_accuracy/{first}", math.nan),
-        "gg_accuracy": values.get("gg/accuracy", math.nan),
-        "bytes": values.get("bank/bytes", math.nan),
-    }
-    if scenario == "nns":
-        point |= {name: values[f"nns/{name}"] for name in ("masks", "missed", "false_new", "mixed")}
-        point["wrong"] = values["nns/wrong"] + values["nns/late"]
-    return {name: value for name, value in point.items() if not math.isnan(value)}
 
 
 @dataclass(eq=False)
@@ -192,7 +90,6 @@ class Tally:
     """What a driver has done."""
 
     trained: int = 0
-    ended: dict[str, int] = field(default_factory=dict)
 
 
 class SweepJobs:
@@ -224,7 +121,7 @@ class SweepJobs:
         self._held: list[Ready] = []
         self._of: dict[Any, tuple[_Active, Job]] = {}
         self._returned: list[Job] = []
-        self._best: tuple[float, int] | None = None
+        self._best = Best(spec.objectives[0], study.records())
 
     # --- JobSource -----------------------------------------------------------------------------
 
@@ -254,6 +151,8 @@ class SweepJobs:
         before = active.jobs.trained
         try:
             active.jobs.done(inner, result)
+        except ClusterFailed:
+            raise  # No fault of the trial.
         except (UserError, RunFailed) as error:
             active.problem = active.problem or str(error)
         if trained := active.jobs.trained - before:
@@ -261,7 +160,6 @@ class SweepJobs:
             self._progress.trained(trained)
         if active.ears.pruned_at is not None or active.problem:
             active.jobs.drop_rest()
-        self._study.sign()
 
     def failed(self, job: Job, failure: Failure) -> None:
         """End a trial of which a job is given up: its checkpoints can't be reached any more."""
@@ -288,13 +186,22 @@ class SweepJobs:
         """Return a job, if there is one, and whether a trial ended."""
         ended = False
         for active in sorted(self._active, key=lambda active: active.running):
-            job = active.jobs.next_job()
+            job = self._job_of(active)
             if job is not None:
                 return self._wrapped(active, job), ended
             if not active.running:
                 self._end(active)
                 ended = True
         return None, ended
+
+    def _job_of(self, active: _Active) -> Job | None:
+        """Return the next job of a trial; what is damaged in it ends this trial alone."""
+        try:
+            return active.jobs.next_job()
+        except (UserError, DeterminismFault) as error:
+            active.problem = active.problem or one_line(error, 500)
+            active.jobs.drop_rest()
+            return None
 
     def _wrapped(self, active: _Active, job: Job) -> Job:
         active.running += 1
@@ -351,18 +258,20 @@ class SweepJobs:
             self._progress,
             lambda step, value: self._study.should_prune(number, step, value),
         )
-        stack = contextlib.ExitStack()
-        try:
-            opened = self._prepares.open(ready, ears, stack)
-        except (UserError, RunFailed) as error:
-            stack.close()
-            reason = one_line(error, 500)
-            tracker.close("FAILED", {"state": "failed", "reason": reason})
-            self._finish(ready.trial, "failed", {}, reason=reason)
-            return
+        with contextlib.ExitStack() as stack:
+            try:
+                opened = self._prepares.open(ready, ears, stack)
+            except ClusterFailed:
+                tracker.close("KILLED", {"state": "interrupted"})
+                raise
+            except (UserError, RunFailed) as error:
+                self._finish(
+                    ready.trial, "failed", {}, reason=one_line(error, 500), tracker=tracker
+                )
+                return
+            self._active.append(_Active(ready, ears, tracker, opened, stack.pop_all()))
         if ears.pruned_at is not None:
             opened.jobs.drop_rest()
-        self._active.append(_Active(ready, ears, tracker, opened, stack))
 
     def _end(self, active: _Active) -> None:
         self._active.remove(active)
@@ -370,15 +279,12 @@ class SweepJobs:
         curve, config = active.ears.curve, active.ready.config
         problem = active.problem or next(iter(active.jobs.failures), "")
         last = curve.get(config.tasks, {})
-        names = self._spec.search.objectives if self._spec.search else ("accuracy",)
+        names = self._spec.objectives
         values = [last.get(name, math.nan) for name in names]
         state, reason = outcome(
             problem, active.ears.pruned_at, dict(zip(names, values, strict=True))
         )
-        status = {"failed": "FAILED"}.get(state, "FINISHED")
-        tags = {"state": state, "reason": reason} if reason else {"state": state}
-        active.tracker.close(status, tags)
-        self._finish(active.ready.trial, state, curve, values, reason)
+        self._finish(active.ready.trial, state, curve, values, reason, active.tracker)
 
     def _finish(
         self,
@@ -387,34 +293,19 @@ class SweepJobs:
         curve: Curve,
         values: list[float] | None = None,
         reason: str = "",
+        tracker: Tracks | None = None,
     ) -> None:
-        self._study.finish(trial.number, state, curve, values or (), reason)
-        self.tally.ended[state] = self.tally.ended.get(state, 0) + 1
-        if state == "done" and values:
-            self._best = max(self._best or (-1.0, 0), (values[0], trial.number))
-        best = f"trial {self._best[1]}, {100 * self._best[0]:.2f} %" if self._best else ""
-        self._progress.ended(state, _line(trial, state, values, reason), best)
-
-
-def outcome(
-    problem: str, pruned_at: int | None, objectives: Mapping[str, float]
-) -> tuple[str, str]:
-    """Return the state in which a trial ends, and the reason if it isn't done."""
-    if problem:
-        return "failed", problem
-    if pruned_at is not None:
-        return "pruned", f"poor after {pruned_at} tasks"
-    for name, value in objectives.items():
-        if not math.isfinite(value):
-            return "failed", f"{name} is {value}, must be finite"
-    return "done", ""
-
-
-def _line(trial: Trial, state: str, values: list[float] | None, reason: str) -> str:
-    arm = ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in trial.values.items())
-    shown = f" {100 * values[0]:.2f} %" if values and state == "done" else ""
-    why = f": {reason}" if reason else ""
-    return f"trial {trial.number} ({arm}, seed {trial.seed}) {state}{shown}{why}"
+        """End a trial; one that another driver took meanwhile is let go as it is."""
+        if tracker is not None and self._study.holds(trial.number):
+            tags = {"state": state, "reason": reason} if reason else {"state": state}
+            tracker.close("FAILED" if state == "failed" else "FINISHED", tags)
+        reached = ""
+        if not self._study.finish(trial.number, state, curve, values or (), reason):
+            state, reason = "elsewhere", "another driver took it over, and ends it"
+        elif state == "done" and values:
+            self._best.add(trial.number, values[0])
+            reached = as_text(self._spec.objectives[0], values[0])
+        self._progress.ended(state, line(trial, state, reached, reason), str(self._best))
 
 
 def start_worker(cluster: Cluster, keep: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from supsup.baselines.rules import RULES
 from supsup.config import RunConfig
 from supsup.errors import UserError
 from supsup.identity import training_fields
@@ -17,7 +18,7 @@ from supsup.streams import Stream
 from sweeps.banks import Banks, Found, Site, tasks_missing
 from sweeps.compare import arm_labels
 from sweeps.spec import SweepSpec, Values
-from sweeps.study import Record
+from sweeps.study import Record, latest
 
 #: What changes the time that a task takes, besides the number of batches.
 _COST = ("scenario", "learner", "dataset", "image_size", "model.name", "model.output_size",
@@ -92,6 +93,24 @@ class Plan:
             return None
         return sum(seconds for seconds in known if seconds is not None)
 
+    def seconds_on(self, workers: int) -> float | None:
+        """Return the time to train on so many workers: at least that of the longest chain."""
+        if self.seconds is None:
+            return None
+        chains: dict[str, float] = {}
+        for planned in self.cells:
+            if is_chain(planned.cell.config):
+                mark = planned.cell.fingerprint
+                chains[mark] = chains.get(mark, 0.0) + (planned.seconds or 0.0)
+        return max(self.seconds / workers, *chains.values(), 0.0)
+
+
+def is_chain(config: RunConfig) -> bool:
+    """Say whether a run learns its tasks one after another, however many workers there are."""
+    rule = RULES.get(config.learner)
+    in_order = config.scenario == "nns" or config.mask.transfer != "none"
+    return in_order or (rule is not None and rule.forgets)
+
 
 def grid_cells(spec: SweepSpec, site: Site) -> list[Cell]:
     """Return every arm with every seed, resolved.
@@ -123,25 +142,26 @@ def search_ends(spec: SweepSpec, site: Site) -> list[RunConfig]:
     """
     if spec.search is None:
         return []
-    space = spec.search.space
-    first = {p: x.choices[0] if x.choices is not None else x.low for p, x in space.items()}
-    last = {p: x.choices[-1] if x.choices is not None else x.high for p, x in space.items()}
-    return [site.resolved(spec.config(corner, spec.seeds[0])) for corner in (first, last)]
+    space = spec.search.space.items()
+    corners = [{path: x.ends[end] for path, x in space} for end in (0, -1)]
+    return [site.resolved(spec.config(corner, spec.seeds[0])) for corner in corners]
 
 
 def most_seconds(
-    spec: SweepSpec, ends: Sequence[RunConfig], rates: Mapping[tuple[Any, ...], float]
+    spec: SweepSpec, ends: Sequence[RunConfig], rates: Mapping[tuple[Any, ...], float], workers: int
 ) -> float | None:
-    """Return the time to train a whole search on one worker, by its dearest corner, if known."""
-    if spec.search is None:
-        return None
+    """Return the time to train a whole search, by its dearest corner, if known."""
     known = [rates.get(cost_key(training_fields(config))) for config in ends]
     times = [
-        rate * config.train.batches * config.tasks
+        (rate * config.train.batches * config.tasks, config)
         for rate, config in zip(known, ends, strict=True)
         if rate is not None
     ]
-    return max(times) * spec.search.trials if len(times) == len(ends) else None
+    if spec.search is None or len(times) < len(ends):
+        return None
+    dearest = max(seconds for seconds, _ in times)
+    chains = [seconds for seconds, config in times if is_chain(config)]
+    return max(dearest * spec.search.trials / workers, *chains, 0.0)
 
 
 def plan(
@@ -270,10 +290,10 @@ def _row(cells: Sequence[PlannedCell]) -> list[str]:
 
 def _summary(planned: Plan, workers: int, device: str) -> str:
     done = sum(cell.done for cell in planned.cells)
-    seconds = planned.seconds
+    seconds = planned.seconds_on(workers)
     time = "unknown (nothing like it was recorded here, and the workers are elsewhere)"
     if seconds is not None:
-        time = f"about {seconds / workers / 60:.1f} min on {workers} workers"
+        time = f"about {seconds / 60:.1f} min on {workers} workers"
     unit = "GPUs" if device == "cuda" else "cores"
     return (
         f"{len(planned.cells)} trials, {done} done; {planned.train} tasks to train, "
@@ -285,8 +305,8 @@ def _summary(planned: Plan, workers: int, device: str) -> str:
 def line(planned: Plan, workers: int) -> str:
     """Return the plan in a line."""
     done = sum(cell.done for cell in planned.cells)
-    seconds = planned.seconds
-    time = "" if seconds is None else f", about {seconds / workers / 60:.1f} min of training"
+    seconds = planned.seconds_on(workers)
+    time = "" if seconds is None else f", about {seconds / 60:.1f} min of training"
     return (
         f"sweep {planned.spec.name}: {len(planned.cells)} trials, {done} done; {planned.train} "
         f"tasks to train, {planned.saved} saved by sharing banks{time}"
@@ -296,7 +316,7 @@ def line(planned: Plan, workers: int) -> str:
 def search_table(
     spec: SweepSpec, records: Sequence[Record], most_seconds: float | None, workers: int
 ) -> Table:
-    """Return the plan of a search; ``most_seconds``: training on one worker, nothing pruned."""
+    """Return the plan of a search; ``most_seconds``: training on the workers, nothing pruned."""
     search = spec.search
     if search is None:
         raise UserError(f"sweep {spec.name} is a grid")
@@ -305,12 +325,11 @@ def search_table(
         bounds = f"{x.low:g} to {x.high:g}{' (log)' if x.log else ''}" if x.low is not None else ""
         step = f" by {x.step:g}" if x.step is not None else ""
         shown.add_row(path, ", ".join(map(str, x.choices)) if x.choices else bounds + step)
-    done = sum(record.state in ("done", "pruned", "failed") for record in records)
-    tasks = spec.config({}, spec.seeds[0]).tasks
+    done = sum(record.state in ("done", "pruned", "failed") for record in latest(records))
+    tasks = spec.first().tasks
     time = "training time unknown"
     if most_seconds is not None:
-        minutes = most_seconds / workers / 60
-        time = f"at most about {minutes:.1f} min of training on {workers} workers"
+        time = f"at most about {most_seconds / 60:.1f} min of training on {workers} workers"
     shown.caption = (
         f"{search.trials} trials of {tasks} tasks by {search.sampler}, {done} ended; "
         f"objectives {', '.join(search.objectives)}; {pruning(spec)}; {time}"

@@ -32,9 +32,9 @@ class SweepProgress:
         """Note how many tasks are to be trained in all."""
         self._to_train = tasks
 
-    def start(self, total: int, states: Counter[str]) -> None:
-        """Begin with the trials that there are."""
-        self._total, self._states = total, states
+    def start(self, total: int, states: Counter[str], best: str = "") -> None:
+        """Begin with the trials that there are, and the best of them."""
+        self._total, self._states, self._best = total, states, best
         self._done_before = self._ended
         self._show(now=True)
 

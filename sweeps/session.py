@@ -33,9 +33,10 @@ from sweeps.calibrate import with_calibration
 from sweeps.plan import Cell, Plan, pruning
 from sweeps.presets import NAMES, preset
 from sweeps.progress import SweepProgress, progress
+from sweeps.remedies import naming_the_remedy
 from sweeps.spec import SweepSpec, read_spec, spec_of, to_tree
 from sweeps.storage import JOURNAL, check_storage, open_storage, public, repair
-from sweeps.study import Record, SweepStudy, in_turn, read_records
+from sweeps.study import Record, SweepStudy, in_turn, latest, read_records
 from sweeps.tracking import Deliveries
 from sweeps.work import Options, Outcome, SweepWork, ending, outcome_of, parent_tracker, show
 
@@ -65,7 +66,7 @@ def plan(spec: SweepSpec, options: Options) -> Table:
         UserError: if it can't be done.
     """
     store_for(options.tracking_uri, options.runs_dir)
-    with _cluster(spec, options) as cluster:
+    with _cluster(spec, options, look=True) as cluster:
         site = Site(cluster.machine, options.data_dir)
         records = _known_records(spec, options)
         rates = planning.recorded_rates(options.runs_dir)
@@ -73,7 +74,7 @@ def plan(spec: SweepSpec, options: Options) -> Table:
             ends = planning.search_ends(spec, site)
             if options.address is None:
                 rates = with_calibration(rates, ends, site)
-            seconds = planning.most_seconds(spec, ends, rates)
+            seconds = planning.most_seconds(spec, ends, rates, cluster.workers)
             return planning.search_table(spec, records, seconds, cluster.workers)
         banks = Banks(options.runs_dir, spec.recipe)
         cells = planning.grid_cells(spec, site)
@@ -141,10 +142,13 @@ def work(spec: SweepSpec, options: Options, cluster: Cluster, shown: SweepProgre
             order = in_turn([cell.fingerprint for cell in cells])
             study.enqueue([cells[i].params for i in order])
         else:
-            shown.note(f"sweep {spec.name}: a search, {pruning(spec)}")
+            again = study.retry_failed()
+            retried = f"; {again} that failed are tried again" if again else ""
+            shown.note(f"sweep {spec.name}: a search, {pruning(spec)}{retried}")
         deliveries = Deliveries(store, shown.note)
         sweep = SweepWork(spec, options, cluster, site, banks, folder, study, deliveries, shown)
-        return sweep.work(started)
+        with naming_the_remedy(spec.name, options.runs_dir):
+            return sweep.work(started)
 
 
 def resume(name: str, options: Options, shown: SweepProgress | None = None) -> Outcome:
@@ -160,7 +164,7 @@ def resume(name: str, options: Options, shown: SweepProgress | None = None) -> O
 def status(name: str, options: Options) -> tuple[SweepSpec, list[Record], Table]:
     """Return a sweep's specification, trials and comparison. Writes nothing."""
     spec, options = request(name, options)
-    records = _known_records(spec, options)
+    records = latest(_known_records(spec, options))
     return spec, records, reporting.table(spec, records)
 
 
@@ -244,7 +248,7 @@ def _study(spec: SweepSpec, options: Options, folder: Path) -> SweepStudy:
     return SweepStudy(
         spec,
         open_storage(options.storage, folder),
-        checkpoints(spec.config({}, spec.seeds[0])),
+        checkpoints(spec.first()),
         shared=options.storage is not None,
     )
 
@@ -261,10 +265,8 @@ def _plan(
 
 
 @contextmanager
-def _cluster(spec: SweepSpec, options: Options) -> Iterator[Cluster]:
-    """Connect to the workers; all arms run on the same kind."""
-    varied = spec.config({}, spec.seeds[0]).train.device
-    if "train.device" in spec.varied:
-        varied = "auto"
-    with connect(options.address, options.workers, varied) as cluster:
+def _cluster(spec: SweepSpec, options: Options, look: bool = False) -> Iterator[Cluster]:
+    """Connect to the workers; all arms run on the same kind. ``look``: no worker is started."""
+    device = "auto" if "train.device" in spec.varied else spec.first().train.device
+    with connect(options.address, options.workers, device, look=look) as cluster:
         yield cluster

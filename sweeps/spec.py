@@ -33,6 +33,8 @@ OBJECTIVES = {
     "gg_accuracy": "maximize",
     "bytes": "minimize",
 }
+#: Objectives that a scenario doesn't measure.
+_UNMEASURED = {"gg": "task_accuracy", "nns": "gg_accuracy"}
 Values = Mapping[str, Any]
 #: What tells variants apart among the values of an arm.
 VARIANT = "variant"
@@ -54,6 +56,11 @@ class Dimension:
     def __post_init__(self) -> None:
         if problem := self._problem():
             raise ValueError(problem)
+
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """The first and the last of the choices, or of the range."""
+        return (self.choices[0], self.choices[-1]) if self.choices else (self.low, self.high)
 
     def _problem(self) -> str | None:
         if self.choices is not None:
@@ -125,11 +132,26 @@ class SweepSpec:
         """The fields that differ between arms."""
         return tuple(self.search.space) if self.search else tuple(self.axes)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What trials are compared by, the most important first."""
+        return self.search.objectives if self.search else ("accuracy",)
+
+    def first(self) -> RunConfig:
+        """Return the configuration of the first arm; without any arm there may be no valid one."""
+        return self.config(self.first_values(), self.seeds[0])
+
     def arms(self) -> Iterator[Values]:
         """Yield every arm of the grid; none of a search."""
         if self.search is None:
             for combination in itertools.product(*self.axes.values()):
                 yield dict(zip(self.axes, combination, strict=True))
+
+    def first_values(self) -> Values:
+        """Return the first arm; of a search, the first corner of its space."""
+        if self.search is None:
+            return next(self.arms())
+        return {path: dimension.ends[0] for path, dimension in self.search.space.items()}
 
     def config(self, values: Values, seed: int) -> RunConfig:
         """Return the configuration of a trial.
@@ -318,20 +340,31 @@ def _check_search(spec: SweepSpec, search: SearchSpec) -> None:
             "compare what it finds over seeds by a grid"
         )
     for path, dimension in search.space.items():
-        for value in dimension.choices or (dimension.low, dimension.high):
-            config = spec.config({path: value}, spec.seeds[0])
+        for value in dimension.choices or dimension.ends:
+            config = spec.config({**spec.first_values(), path: value}, spec.seeds[0])
             _check_config(config)
-            if config.scenario == "nns" and "gg_accuracy" in search.objectives:
-                raise ConfigError(
-                    "objectives has gg_accuracy, which scenario nns doesn't measure; remove it"
-                )
-        if dimension.choices is None and not _is_number(spec, path):
-            raise ConfigError(f"search.space.{path} is no number; give it choices, not a range")
+            _check_objectives(search, config)
+        if dimension.choices is None:
+            _check_range(path, dimension, get_field(spec.first(), path))
 
 
-def _is_number(spec: SweepSpec, path: str) -> bool:
-    value = get_field(spec.config({}, spec.seeds[0]), path)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _check_objectives(search: SearchSpec, config: RunConfig) -> None:
+    if (unmeasured := _UNMEASURED.get(config.scenario)) in search.objectives:
+        raise ConfigError(
+            f"objectives has {unmeasured}, which scenario {config.scenario} doesn't measure; "
+            "remove it"
+        )
+
+
+def _check_range(path: str, dimension: Dimension, value: Any) -> None:
+    """Check a range against a value that its field has."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"search.space.{path} is no number; give it choices, not a range")
+    step = dimension.step
+    if step is not None and isinstance(value, int) and not step.is_integer():
+        raise ConfigError(
+            f"search.space.{path}.step is {step:g}, must be a whole number, as {path} is"
+        )
 
 
 # --- values in one form ----------------------------------------------------------------------
@@ -372,29 +405,3 @@ def _alone(spec: SweepSpec, path: str, value: Any) -> RunConfig:
         if arm[path] == value:
             return spec.config(arm, spec.seeds[0])
     return spec.config({path: value}, spec.seeds[0])
-
-
-# --- resuming --------------------------------------------------------------------------------
-
-#: What may grow from one run of a sweep to the next.
-_BUDGETS = ("seeds", "search.trials", "search.hours")
-
-
-def differences(old: SweepSpec, new: SweepSpec) -> list[str]:
-    """Return what keeps two sweeps from sharing a study: ``key: there, here``, by key."""
-    before, after = (_leaves(to_tree(spec)) for spec in (old, new))
-    changed = [
-        f"{key} {shown(before.get(key))} there, {shown(after.get(key))} here"
-        for key in sorted(before | after)
-        if before.get(key) != after.get(key) and key not in _BUDGETS
-    ]
-    lost = set(old.seeds) - set(new.seeds)
-    return changed + ([f"seeds lacks {shown(sorted(lost))}"] if lost else [])
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = prefix + key
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-    return leaves

@@ -6,7 +6,7 @@ trials that it runs. A trial whose driver is gone is *adopted*: it goes on under
 that none is lost, none is done twice, and none stays running.
 """
 
-import time
+import contextlib
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,20 +20,20 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from supsup.errors import ConfigError
 from supsup.fields import get_field
 from supsup.seeding import derive_seed
-from sweeps.leases import is_alive, lease_name, my_lease
-from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, differences, spec_of, to_tree
+from sweeps.leases import Leases
+from sweeps.resuming import differences
+from sweeps.spec import MAX_SEED, OBJECTIVES, SweepSpec, spec_of, to_tree
 
 _SEED = "seed"
-#: Seconds between two signs of this driver.
-_SIGN_SECONDS = 30.0
-#: Seconds in which a driver that took a trial writes its lease.
-_LEASE_SECONDS = 60.0
+#: Marks a trial of a search that tries a failed one again, with the number of that one.
+_AGAIN = "again"
 #: Accuracies by trial: {tasks learned: {metric: value}}.
 Curve = dict[int, dict[str, float]]
 
@@ -72,22 +72,22 @@ class Record:
 
 def missing(wanted: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return the trials of a grid, as parameters, that must be enqueued: new ones and failed."""
-    settled = {
-        _key({**record.values, _SEED: record.seed})
-        for record in records
-        if record.state != "failed"
-    }
+    settled = {_key(_params(record)) for record in records if record.state != "failed"}
     return [dict(params) for params in wanted if _key(params) not in settled]
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
     """Return the records without the failures that were tried again later."""
-    newest = {_key({**record.values, _SEED: record.seed}): record for record in records}
+    newest = {_key(_params(record)): record for record in records}
     return [
         record
         for record in records
-        if record.state != "failed" or newest[_key({**record.values, _SEED: record.seed})] is record
+        if record.state != "failed" or newest[_key(_params(record))] is record
     ]
+
+
+def _params(record: Record) -> dict[str, Any]:
+    return {**record.values, _SEED: record.seed}
 
 
 def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -105,7 +105,7 @@ def distributions(spec: SweepSpec) -> dict[str, BaseDistribution]:
             found[path] = CategoricalDistribution(x.choices)
             continue
         low, high = x.low or 0.0, x.high or 0.0
-        if isinstance(get_field(spec.config({}, spec.seeds[0]), path), int):
+        if isinstance(get_field(spec.first(), path), int):
             step = int(x.step or 1)
             found[path] = IntDistribution(int(low), int(high), log=x.log, step=step)
         else:
@@ -156,15 +156,14 @@ class SweepStudy:
         Raises:
             ConfigError: if the study is of another sweep; names the keys that differ.
         """
-        self._spec, self._shared, self._lease = spec, shared, my_lease()
-        objectives = spec.search.objectives if spec.search else ("accuracy",)
+        self._spec = spec
         known = _find(spec.name, storage)
         if known is not None:
             _check_same(known, spec)
         self._study = optuna.create_study(
             study_name=spec.name,
             storage=storage,
-            directions=[OBJECTIVES[name] for name in objectives],  # type: ignore[misc]
+            directions=[OBJECTIVES[name] for name in spec.objectives],  # type: ignore[misc]
             load_if_exists=True,
         )
         trials = len(self._study.get_trials(deepcopy=False))
@@ -178,13 +177,13 @@ class SweepStudy:
         """Names the sweep for the tracking server."""
         self._distributions = distributions(spec)
         self._live: dict[int, optuna.Trial] = {}
-        self._signed = 0.0
+        self._leases = Leases(self._study, shared)
 
     # --- what there is -------------------------------------------------------------------------
 
     def records(self) -> list[Record]:
         """Return every trial, in order."""
-        return _records(self._study)
+        return _records(self._study, self._spec)
 
     def enqueue(self, wanted: Sequence[Mapping[str, Any]]) -> int:
         """Enqueue the trials of a grid that are neither done nor waiting; return how many."""
@@ -193,12 +192,21 @@ class SweepStudy:
             self._study.enqueue_trial(params)
         return len(new)
 
+    def retry_failed(self) -> int:
+        """Enqueue the failed trials of a search again; return how many. None is drawn for them."""
+        failed = [record for record in latest(self.records()) if record.state == "failed"]
+        for record in failed:
+            self._study.enqueue_trial(dict(record.values), user_attrs={_AGAIN: record.number})
+        return len(failed)
+
     def is_settled(self) -> bool:
         """Say whether nothing is left to do."""
-        states = [record.state for record in self.records()]
-        open_trials = sum(state in ("waiting", "running") for state in states)
-        budget = self._spec.search.trials if self._spec.search else 0
-        return not open_trials and len(states) >= budget
+        frozen = self._study.get_trials(deepcopy=False)
+        return all(t.state.is_finished() for t in frozen) and not self._may_draw(frozen)
+
+    def _may_draw(self, frozen: Sequence[FrozenTrial]) -> bool:
+        drawn = sum(_AGAIN not in t.user_attrs for t in frozen)
+        return self._spec.search is not None and drawn < self._spec.search.trials
 
     # --- work ----------------------------------------------------------------------------------
 
@@ -209,34 +217,27 @@ class SweepStudy:
         frozen = self._study.get_trials(deepcopy=False)
         unfinished = [t for t in frozen if t.state in states]
         for left in unfinished:
-            if left.state == TrialState.RUNNING and self._is_orphan(left):
+            if left.state == TrialState.RUNNING and self._is_left(left):
                 return self._take(optuna.Trial(self._study, left._trial_id), adopted=True)
         waits = any(t.state == TrialState.WAITING for t in unfinished)
-        budget = self._spec.search.trials if self._spec.search else 0
-        if not waits and len(frozen) >= budget:
+        if not waits and not self._may_draw(frozen):
             return None
         asked = self._study.ask()
-        if self._spec.search is None and "fixed_params" not in self._frozen(asked).system_attrs:
+        is_drawn = "fixed_params" not in self._frozen(asked).system_attrs
+        if is_drawn and not self._may_draw(frozen):
             # Another driver took the last one that waited.
             asked.set_user_attr("surplus", True)
             self._study.tell(asked, state=TrialState.FAIL)
             return None
         return self._take(asked, adopted=False)
 
-    def _is_orphan(self, trial: FrozenTrial) -> bool:
-        if trial.number in self._live:
-            return False
-        lease = trial.user_attrs.get("lease")
-        if not self._shared:
-            return True
-        if lease is None:
-            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-            return time.time() - began > _LEASE_SECONDS
-        sign = self._study.user_attrs.get(lease_name(lease), 0.0)
-        return not is_alive(lease, self._lease["host"], sign, time.time())
+    def _is_left(self, trial: FrozenTrial) -> bool:
+        """Say whether a running trial was left behind, and is this driver's to adopt."""
+        is_own = trial.number in self._live
+        return not is_own and self._leases.is_orphan(trial) and self._leases.claim(trial)
 
     def _take(self, trial: optuna.Trial, adopted: bool) -> Trial:
-        trial.set_user_attr("lease", self._lease)
+        self._leases.take(trial)
         params = {name: trial._suggest(name, d) for name, d in self._distributions.items()}
         seed = params.pop(_SEED, self._spec.seeds[0])
         self._live[trial.number] = trial
@@ -246,14 +247,17 @@ class SweepStudy:
         return self._study._storage.get_trial(trial._trial_id)
 
     def sign(self) -> None:
-        """Leave a sign of this driver, where other drivers look for it."""
-        if self._shared and time.monotonic() - self._signed > _SIGN_SECONDS:
-            self._signed = time.monotonic()
-            self._study.set_user_attr(lease_name(self._lease), time.time())
+        """Leave a sign of this driver now and then, where other drivers look for it."""
+        self._leases.sign()
+
+    def holds(self, number: int) -> bool:
+        """Say whether a trial is still this driver's: one that was silent for long may lose it."""
+        return self._leases.holds(self._live[number])
 
     def note(self, number: int, key: str, value: Any) -> None:
         """Keep something with a trial."""
-        self._live[number].set_user_attr(key, value)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._live[number].set_user_attr(key, value)
 
     def should_prune(self, number: int, step: int, value: float) -> bool:
         """Report a trial's accuracy at a number of tasks, and say whether it is to be stopped."""
@@ -261,7 +265,8 @@ class SweepStudy:
             return False
         trial = self._live[number]
         if step not in self._frozen(trial).intermediate_values:
-            trial.report(value, step)
+            with contextlib.suppress(UpdateFinishedTrialError):
+                trial.report(value, step)
         return bool(trial.should_prune())
 
     def finish(
@@ -271,18 +276,20 @@ class SweepStudy:
         curve: Curve,
         objectives: Sequence[float] = (),
         reason: str = "",
-    ) -> None:
-        """End a trial. Objectives must be finite."""
-        trial = self._live.pop(number)
-        trial.set_user_attr("curve", [[k, curve[k]] for k in sorted(curve)])
-        if reason:
-            trial.set_user_attr("reason", reason)
-        if state == "done":
-            self._study.tell(trial, list(objectives))
-        elif state == "pruned":
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
+    ) -> bool:
+        """End a trial, unless another driver took it; say whether. Objectives must be finite."""
+        is_held, trial = self.holds(number), self._live.pop(number)
+        if not is_held:
+            return False
+        values = list(objectives) if state == "done" else None
+        try:
+            trial.set_user_attr("curve", [[k, curve[k]] for k in sorted(curve)])
+            if reason:
+                trial.set_user_attr("reason", reason)
+            self._study.tell(trial, values, state=_ENDS[state], skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     @property
     def optuna(self) -> optuna.Study:
@@ -300,12 +307,12 @@ def read_records(spec: SweepSpec, storage: BaseStorage) -> list[Record]:
     if known is None:
         return []
     _check_same(known, spec)
-    return _records(optuna.load_study(study_name=spec.name, storage=storage))
+    return _records(optuna.load_study(study_name=spec.name, storage=storage), spec)
 
 
-def _records(study: optuna.Study) -> list[Record]:
+def _records(study: optuna.Study, spec: SweepSpec) -> list[Record]:
     trials = study.get_trials(deepcopy=False)
-    return [_record(trial) for trial in trials if "surplus" not in trial.user_attrs]
+    return [_record(t, spec.seeds[0]) for t in trials if "surplus" not in t.user_attrs]
 
 
 def _find(name: str, storage: BaseStorage) -> SweepSpec | None:
@@ -332,16 +339,18 @@ _STATES: Mapping[TrialState, Literal["waiting", "running", "done", "pruned", "fa
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+_ENDS = {name: state for state, name in _STATES.items()}
 
 
-def _record(trial: FrozenTrial) -> Record:
+def _record(trial: FrozenTrial, only_seed: int) -> Record:
+    """Return what is known of a trial; those of a search have one seed, no parameter."""
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     attrs = trial.user_attrs
     ended = trial.datetime_complete and trial.datetime_start
     return Record(
         number=trial.number,
         state=_STATES[trial.state],
-        seed=params.pop(_SEED, attrs.get("seed", 0)),
+        seed=params.pop(_SEED, only_seed),
         values=params,
         curve={int(k): values for k, values in attrs.get("curve", [])},
         objectives=tuple(trial.values or ()),

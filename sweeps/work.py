@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from supsup.manifest import Manifest
 from sweeps import plan as planning
 from sweeps import report as reporting
 from sweeps.banks import Banks, Site, data_key, open_bank
-from sweeps.driver import Ears, Opened, Ready, SweepJobs, Tracks, TrialJobs, start_worker
+from sweeps.driver import Opened, SweepJobs, TrialJobs, start_worker
+from sweeps.ears import Ears, Ready, Tracks
+from sweeps.endings import Best
 from sweeps.plan import pruning
 from sweeps.progress import SweepProgress
 from sweeps.spec import SweepSpec, to_tree
@@ -100,8 +102,8 @@ class _Workers:
             self._data[key] = self.put(site.data(config))
         return self._data[key]
 
-    def run(self, jobs: SweepJobs, keep: int) -> None:
-        """Work off all jobs; starts nothing if there are none."""
+    def run(self, jobs: SweepJobs, keep: int, sign: Callable[[], None]) -> None:
+        """Work off all jobs, signing meanwhile; starts nothing if there are none."""
         first = jobs.next_job()
         if first is None:
             return
@@ -109,7 +111,7 @@ class _Workers:
         self.start()
         pool = self._cluster.pool(lambda: start_worker(self._cluster, keep))
         try:
-            pool.run(jobs)
+            pool.run(jobs, at_look=sign)
         finally:
             pool.close()
 
@@ -165,7 +167,7 @@ class SweepWork:
             self._spec, self._study, self, self._shown, concurrency, self._may_start(started)
         )
         try:
-            self._workers.run(jobs, keep=concurrency)
+            self._workers.run(jobs, concurrency, self._study.sign)
         except BaseException:
             jobs.close()
             self._parent.close("KILLED", {})
@@ -188,7 +190,8 @@ class SweepWork:
             r.state for r in records if r.state in ("done", "pruned", "failed")
         )
         total = self._spec.search.trials if self._spec.search else len(records)
-        self._shown.start(max(total, len(records)), counts)
+        best = Best(self._spec.objectives[0], records)
+        self._shown.start(max(total, len(records)), counts, str(best))
 
     # --- Prepares ------------------------------------------------------------------------------
 

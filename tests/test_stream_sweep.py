@@ -19,7 +19,8 @@ from supsup.fields import with_values
 from supsup.manifest import make_manifest
 from supsup.streams import Stream
 from sweeps.banks import Banks
-from sweeps.driver import Opened, Ready, SweepJobs, measured
+from sweeps.driver import Opened, SweepJobs
+from sweeps.ears import Ready, measured
 from sweeps.plan import Cell, bank_states
 from sweeps.presets import preset
 from sweeps.report import table, write

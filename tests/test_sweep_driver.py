@@ -10,23 +10,26 @@ import pytest
 from rich.console import Console
 
 from orchestrator.coordinator import RunJobs
+from orchestrator.jobs import HeadLost, StoreFull
 from orchestrator.pool import Failure
 from orchestrator.runfolder import RunFolder
 from supsup.bank import Bank, locked
 from supsup.config import checkpoints
-from supsup.errors import UserError
+from supsup.errors import BankError, DeterminismFault, UserError
 from supsup.fields import to_dict
 from supsup.manifest import make_manifest
 from supsup.train import BlockTrainer
 from sweeps import session
-from sweeps.driver import Opened, Ready, SweepJobs, measured, outcome
+from sweeps.driver import Opened, SweepJobs
+from sweeps.ears import Ready, measured
+from sweeps.endings import Best, outcome
 from sweeps.plan import recorded_rates
 from sweeps.progress import SweepProgress
 from sweeps.report import write
 from sweeps.spec import spec_of
 from sweeps.storage import open_storage
-from sweeps.study import SweepStudy, latest
-from sweeps.work import Options
+from sweeps.study import Record, SweepStudy, latest
+from sweeps.work import Options, _Workers
 from sweeps.worker import SweepWorker, setup_for
 
 
@@ -59,6 +62,7 @@ class Notes:
     def ended(self, state, text, best):
         self.states.append(state)
         self.lines.append(text)
+        self.best = best
 
     def trained(self, tasks):
         self.tasks += tasks
@@ -201,6 +205,123 @@ def test_what_a_bank_refuses_fails_its_trial_alone(plain, quick, monkeypatch):
     assert study.records()[0].reason == "disk full; mend it"
 
 
+@pytest.mark.parametrize("error", [BankError("damaged; mend it"), DeterminismFault("not alike")])
+def test_what_is_damaged_in_a_trial_fails_it_alone(plain, quick, monkeypatch, error):
+    jobs, study, notes = plain(grid(quick, **{"train.batches": [3, 4]}), 1)
+    next_job = RunJobs.next_job
+
+    def damaged(trial):
+        if trial._config.train.batches == 3 and trial.trained:
+            raise error
+        return next_job(trial)
+
+    monkeypatch.setattr(RunJobs, "next_job", damaged)
+    loop(jobs)
+    assert [record.state for record in study.records()] == ["failed", "done"]
+    assert study.records()[0].reason == str(error)
+    assert notes.states.count("FAILED") == 1
+
+
+def test_what_ails_the_cluster_fails_no_trial(plain, quick, monkeypatch):
+    jobs, study, _ = plain(grid(quick, **{"train.batches": [3, 4]}), 1)
+    job = jobs.next_job()
+
+    def full(*_):
+        raise StoreFull("no room left; free memory")
+
+    monkeypatch.setattr(Bank, "commit", full)
+    with pytest.raises(StoreFull):
+        jobs.done(job, SweepWorker(2).call(*job.args))
+    assert [record.state for record in study.records()] == ["running", "waiting"]
+
+
+def test_a_trial_that_the_cluster_cannot_open_is_left_to_a_resume(
+    plain, quick, digits, monkeypatch, tmp_path
+):
+    tree = grid(quick, **{"train.batches": [3]})
+    jobs, study, notes = plain(tree)
+
+    def full(*_args, **_names):
+        raise StoreFull("no room left; free memory")
+
+    monkeypatch.setattr("tests.test_sweep_driver.RunJobs", full)
+    with pytest.raises(StoreFull):
+        jobs.next_job()
+    assert [record.state for record in study.records()] == ["running"]
+    assert notes.states == ["began", "KILLED"]
+    config = spec_of(tree).config({"train.batches": 3}, 0)
+    with locked(tmp_path / make_manifest(config, digits).fingerprint[:8]):
+        pass  # Nobody holds its bank.
+
+
+def test_a_trial_that_another_driver_took_is_let_go_with_a_note(plain, quick, monkeypatch):
+    jobs, study, notes = plain(grid(quick, **{"train.batches": [3, 4]}), 1)
+    holds = study._leases.holds
+    monkeypatch.setattr(study._leases, "holds", lambda trial: trial.number and holds(trial))
+    monkeypatch.setattr(study._leases, "is_orphan", lambda trial: False)
+    loop(jobs)
+    assert [record.state for record in study.records()] == ["running", "done"]
+    assert "seed 0) elsewhere: another driver took it over" in notes.lines[-2]
+    assert notes.states == ["began", "elsewhere", "began", "FINISHED", "done"]
+
+
+def test_the_driver_signs_while_its_workers_work(plain, quick):
+    jobs, _, _ = plain(grid(quick, **{"train.batches": [3]}))
+
+    class Pool:
+        def run(self, source, at_look):
+            assert source is jobs
+            at_look()
+
+        def close(self):
+            pass
+
+    class Here:
+        started = staticmethod(contextlib.nullcontext)
+
+        def pool(self, start):
+            return Pool()
+
+    signs = []
+    _Workers(Here(), lambda text: None).run(jobs, 2, lambda: signs.append("sign"))
+    assert signs == ["sign"]
+
+
+def record(number, state, *objectives):
+    return Record(
+        number=number, state=state, values={}, seed=0, curve={}, objectives=objectives, reason="",
+        fingerprint="", seconds=None,
+    )  # fmt: skip
+
+
+def test_the_best_trial_goes_by_the_objectives_direction_and_unit():
+    known = [record(0, "done", 3e6), record(1, "failed"), record(2, "done", 2e6)]
+    best = Best("bytes", known)
+    assert str(best) == "trial 2, 2.00 MB"
+    best.add(3, 2.5e6)
+    assert str(best) == "trial 2, 2.00 MB"
+    best.add(4, 1e6)
+    assert str(best) == "trial 4, 1.00 MB"
+    best = Best("accuracy", [record(0, "done", 0.5), record(1, "pruned", 0.9)])
+    assert str(best) == "trial 0, 50.00 %"
+    best.add(2, 0.75)
+    assert str(best) == "trial 2, 75.00 %"
+    assert str(Best("accuracy", [])) == ""
+
+
+def test_a_search_for_few_bytes_says_them_in_megabytes(plain, quick):
+    space = {"train.batches": {"low": 3, "high": 9}}
+    tree = grid(quick) | {"search": {"trials": 2, "space": space, "objectives": ["bytes"]}}
+    tree.pop("grid")
+    tree["base"].pop("train.batches")
+    jobs, study, notes = plain(tree, 1)
+    loop(jobs)
+    size = study.records()[0].objectives[0]
+    assert size > 1000
+    assert notes.lines[-1].endswith(f"done {size / 1e6:.2f} MB")
+    assert notes.best == f"trial 0, {size / 1e6:.2f} MB"  # The first of two alike.
+
+
 def test_a_poor_trial_of_a_search_trains_no_further_tasks(plain, quick, monkeypatch):
     space = {"train.batches": {"low": 3, "high": 40}}
     tree = grid(quick) | {"search": {"trials": 3, "space": space, "pruner": "median"}}
@@ -290,6 +411,35 @@ def test_a_sweep_trains_every_task_once_and_is_found_done(cluster, quick, digits
     assert RunFolder(here.runs_dir, name).read_launch().config.tasks == 6
     assert recorded_rates(here.runs_dir)
     _check_mlflow(here, first)
+
+
+def test_a_sweep_without_a_cluster_says_how_it_goes_on(cluster, quick, here):
+    def lost():
+        raise HeadLost("the head is gone")
+
+    spec = spec_of(grid(quick, **{"train.batches": [3]}))
+    with pytest.raises(HeadLost) as caught:
+        session.work(spec, here, on(cluster, lost), shown())
+    assert str(caught.value) == (
+        "the head is gone; what is finished is safe, go on with supsup sweep resume sweep "
+        f"--runs-dir {here.runs_dir}"
+    )
+
+
+def test_a_failed_search_trial_is_tried_again_by_the_next_command(cluster, quick, here):
+    space = {"train.batches": {"low": 3, "high": 9}}
+    tree = grid(quick) | {"search": {"trials": 1, "space": space}}
+    tree.pop("grid")
+    tree["base"].pop("train.batches")
+    spec = spec_of(tree)
+    folder = here.runs_dir / "sweeps" / "sweep"
+    folder.mkdir(parents=True)
+    study = SweepStudy(spec, open_storage(None, folder), (2, 4), shared=False)
+    study.finish(study.next().number, "failed", {}, reason="no luck")
+    told = shown()
+    found = session.work(spec, here, on(cluster), told)
+    assert "1 that failed are tried again" in told._console.file.getvalue()
+    assert [(r.number, r.state) for r in found.records] == [(1, "done")]
 
 
 def test_a_bank_in_use_fails_its_trials_alone_until_the_next_run(plain, quick, digits, tmp_path):

@@ -49,3 +49,8 @@ def test_of_a_search_nobody_knows_how_many_tasks(shown):
     shown.at(80)
     shown.trained(1)
     assert shown.last() == "trials: 2/4 (1 done, 1 pruned), 4 tasks trained, 3 min left"
+
+
+def test_the_best_is_known_before_a_trial_ends(shown):
+    shown.start(4, Counter(done=1), "trial 0, 97.00 %")
+    assert shown._table().caption == "best so far: trial 0, 97.00 %"

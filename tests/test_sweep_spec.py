@@ -2,7 +2,8 @@ import pytest
 
 from supsup.errors import ConfigError
 from sweeps.presets import NAMES, preset
-from sweeps.spec import differences, read_spec, spec_of, to_tree
+from sweeps.resuming import differences
+from sweeps.spec import read_spec, spec_of, to_tree
 
 GRID = {"name": "s", "recipe": "permuted-digits", "grid": {"train.batches": [5, 10]}}
 SPACE = {"train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
@@ -83,6 +84,11 @@ BAD = [
         }},
         "objectives has gg_accuracy, which scenario nns doesn't measure",
     ),
+    (
+        {**SEARCH, "base": {"scenario": "gg"},
+         "search": {**SEARCH["search"], "objectives": ["task_accuracy"]}},
+        "objectives has task_accuracy, which scenario gg doesn't measure",
+    ),
     ({**GRID, "base": {"train.batches": 3}}, "both in base and varied"),
     ({**GRID, "base": {"train": {"rate": 3}}}, "unknown field train.rate in base"),
     ({**GRID, "base": {"tasks": "many"}}, "tasks is many, must be a whole number"),
@@ -107,6 +113,11 @@ BAD = [
     (space(low=0, high=1, log=True), "low is 0, must be greater than 0 on a log scale"),
     (space(low=0.1, high=1, step=0), "step is 0, must be greater than 0"),
     (space(low=0.1, high=1, step=0.1, log=True), "both step and log"),
+    (
+        space("train.batches", low=3, high=9, step=0.5),
+        "search.space.train.batches.step is 0.5, must be a whole number",
+    ),
+    (space("train.batches", low=3, high=9, step=1.5), "step is 1.5, must be a whole number"),
     (space(low=0.1), "must have low and high, or choices"),
     (space(choices=[]), "choices is empty"),
     (space(choices=[1.0], low=0.1, high=1), "both choices and a range"),
@@ -143,6 +154,19 @@ def test_bad_files_are_one_line(tmp_path, content, said):
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
         read_spec(file)
+
+
+def test_fields_that_need_one_another_are_valid_in_every_arm_or_nowhere():
+    """A group must not be smaller than the batch, which is 128 without an arm."""
+    batch = {"recipe": "rotated-mnist", "name": "s", "base": {"eval.group": 64}}
+    grid = spec_of({**batch, "grid": {"eval.batch": [1, 16, 64]}})
+    assert (grid.first().eval.batch, grid.first().eval.group) == (1, 64)
+    rates = {"low": 1e-4, "high": 1e-2}
+    space = {"train.learning_rate": rates, "eval.batch": {"choices": [16, 64]}}
+    search = spec_of({**batch, "search": {"trials": 3, "space": space}})
+    assert (search.first().eval.batch, search.first().train.learning_rate) == (16, 1e-4)
+    with pytest.raises(ConfigError, match="group is 64, must be 0 or at least batch"):
+        spec_of({**batch, "grid": {"eval.batch": [1, 128]}})
 
 
 @pytest.mark.parametrize("name", NAMES)

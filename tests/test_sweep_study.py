@@ -1,13 +1,13 @@
 import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 
 from supsup.errors import ConfigError
-from sweeps.leases import is_alive, my_lease
+from sweeps import leases
+from sweeps.leases import Leases, is_alive, my_lease
 from sweeps.spec import spec_of
 from sweeps.storage import JOURNAL, open_storage, repair
 from sweeps.study import SweepStudy, in_turn, latest
@@ -34,7 +34,7 @@ def open_study(folder, tree, url=None):
 
 
 def finish(study, trial, value=0.5):
-    study.finish(trial.number, "done", {8: {"accuracy": value}}, [value])
+    return study.finish(trial.number, "done", {8: {"accuracy": value}}, [value])
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -85,6 +85,49 @@ def test_a_failed_trial_of_a_grid_is_tried_again_by_the_next_run(tmp_path):
     assert "no luck" in [record.reason for record in again.records()]
 
 
+def test_a_failed_trial_of_a_search_is_tried_again_once_by_each_run(tmp_path):
+    study = open_study(tmp_path, SEARCH)
+    bad = study.next()
+    study.finish(bad.number, "failed", {}, reason="no luck")
+    finish(study, study.next())
+    # Stopped with one trial of three yet to be drawn: trying again takes none of them.
+    again = open_study(tmp_path, SEARCH)
+    assert again.retry_failed() == 1
+    assert open_study(tmp_path, SEARCH).retry_failed() == 0
+    retried = again.next()
+    assert (retried.number, retried.values) == (2, bad.values)
+    again.finish(retried.number, "failed", {}, reason="no luck either")
+    finish(again, again.next())
+    assert again.next() is None
+    assert again.is_settled()
+    last = open_study(tmp_path, SEARCH)
+    assert last.retry_failed() == 1
+    assert not last.is_settled()
+    retried = last.next()
+    assert (retried.number, retried.values) == (4, bad.values)
+    finish(last, retried)
+    assert last.next() is None
+    assert [record.number for record in latest(last.records())] == [1, 3, 4]
+    assert last.retry_failed() == 0
+
+
+def test_a_search_draws_nothing_for_a_retry_that_another_driver_took(tmp_path, monkeypatch):
+    tree = {**SEARCH, "search": {**SEARCH["search"], "trials": 1}}
+    study = open_study(tmp_path, tree)
+    study.finish(study.next().number, "failed", {}, reason="no luck")
+    study.retry_failed()
+    monkeypatch.setattr(study.optuna, "_pop_waiting_trial_id", lambda: None)
+    assert study.next() is None
+    assert [record.state for record in study.records()] == ["failed", "waiting"]
+
+
+def test_trials_of_a_search_have_its_seed(tmp_path):
+    study = open_study(tmp_path, {**SEARCH, "seeds": [7]})
+    trial = study.next()
+    finish(study, trial)
+    assert (trial.seed, study.records()[0].seed) == (7, 7)
+
+
 def test_another_space_is_refused_by_its_keys(tmp_path, url):
     open_study(tmp_path, SEARCH, url)
     other = {**SEARCH["search"], "space": {"train.learning_rate": {"low": 1e-3, "high": 1e-2}}}
@@ -125,27 +168,116 @@ def test_what_a_dead_driver_left_running_goes_on_under_its_number(tmp_path, url,
     assert all(before[r.number] == r.values for r in records if r.number in before)
 
 
+def _live_with_a_trial(folder, url, told):
+    open_study(folder, GRID, url).next()
+    told.send("running")
+    told.recv()
+
+
 def test_a_living_drivers_trials_are_left_alone(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
-    first = open_study(tmp_path, GRID, url)
-    mine = first.next()
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=_live_with_a_trial, args=(tmp_path, url, there))
+    process.start()
+    assert here.recv() == "running"
     second = open_study(tmp_path, GRID, url)
     others = []
     while trial := second.next():
         others.append(trial.number)
         finish(second, trial)
-    assert mine.number not in others
-    assert len(others) == 7
-    assert [r.state for r in second.records() if r.number == mine.number] == ["running"]
+    here.send("enough")
+    process.join()
+    assert others == [1, 2, 3, 4, 5, 6, 7]
+    assert [r.state for r in second.records()] == ["running"] + ["done"] * 7
+
+
+def test_a_notebook_goes_on_with_what_it_stopped_before(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    stopped = open_study(tmp_path, GRID, url)
+    left = stopped.next()
+    again = open_study(tmp_path, GRID, url)
+    trial = again.next()
+    assert (trial.number, trial.adopted) == (left.number, True)
+    # The earlier driver has lost it, running or ended, and writes nothing.
+    assert not stopped.holds(left.number)
+    assert not finish(stopped, left, 0.1)
+    assert finish(again, trial, 0.9)
+    assert again.records()[0].objectives == (0.9,)
+
+
+def test_a_trial_that_another_driver_ended_meanwhile_is_let_go(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/study.db"
+    tree = {**SEARCH, "search": {**SEARCH["search"], "pruner": "median"}}
+    first = open_study(tmp_path, tree, url)
+    left = first.next()
+    second = open_study(tmp_path, tree, url)
+    finish(second, second.next(), 0.9)
+    # As if the other had ended it just after the lease was read.
+    monkeypatch.setattr(Leases, "holds", lambda *_: True)
+    first.note(left.number, "fingerprint", "f")
+    assert not first.should_prune(left.number, 2, 0.1)
+    assert not finish(first, left, 0.1)
+    assert first.records()[0].objectives == (0.9,)
+
+
+@pytest.fixture
+def orphan(tmp_path):
+    """Return a shared study, and a trial in it whose driver is gone."""
+    study = open_study(tmp_path, GRID, f"sqlite:///{tmp_path}/study.db")
+    study.next()
+    return study.optuna, lambda: study.optuna.get_trials(deepcopy=False)[0]
+
+
+def test_of_two_drivers_that_claim_an_orphan_one_takes_it(orphan, monkeypatch):
+    study, trial = orphan
+    first, second = Leases(study, shared=True), Leases(study, shared=True)
+    answers = []
+
+    def while_the_first_waits(_seconds):
+        monkeypatch.setattr(leases.time, "sleep", lambda _: None)
+        answers.append(second.claim(trial()))
+
+    monkeypatch.setattr(leases.time, "sleep", while_the_first_waits)
+    answers.append(first.claim(trial()))
+    assert answers == [True, False]
+
+
+def test_a_claim_that_comes_too_late_takes_nothing(orphan, monkeypatch):
+    study, trial = orphan
+    monkeypatch.setattr(leases.time, "sleep", lambda _: None)
+    first, second = Leases(study, shared=True), Leases(study, shared=True)
+    seen = trial()
+    assert second.is_orphan(seen)
+    assert first.claim(trial())
+    study._storage.set_trial_user_attr(seen._trial_id, "lease", my_lease())
+    assert not second.claim(seen)
+
+
+def test_a_driver_signs_now_and_then(orphan, monkeypatch):
+    study, _ = orphan
+    now = 0.0
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now)
+    monkeypatch.setattr(leases.time, "time", lambda: 1000.0 + now)
+    own = Leases(study, shared=True)
+    signs = []
+    for now in (0.0, 10.0, 31.0, 60.0, 62.0):  # noqa: B007
+        own.sign()
+        signs.append(study.user_attrs[leases.lease_name(own._mine)])
+    assert signs == [1000.0, 1000.0, 1031.0, 1031.0, 1062.0]
 
 
 def test_a_lease_is_alive_with_its_process_or_by_its_signs():
-    lease, host = my_lease(), socket.gethostname()
-    assert is_alive(lease, host, last_sign=0, now=1e9)
-    assert not is_alive({**lease, "began": "1"}, host, last_sign=1e9, now=1e9)
+    lease = my_lease()
+    assert is_alive(lease, lease, last_sign=0, now=1e9)
+    assert not is_alive(my_lease(), lease, last_sign=1e9, now=1e9)
+    parent = {**lease, "pid": os.getppid(), "driver": "another"}
+    assert not is_alive({**parent, "began": "1"}, lease, last_sign=1e9, now=1e9)
+    parent["began"] = leases._process_start(os.getppid())
+    assert is_alive(parent, lease, last_sign=0, now=1e9)
     elsewhere = {**lease, "host": "elsewhere"}
-    assert is_alive(elsewhere, host, last_sign=1e9 - 60, now=1e9)
-    assert not is_alive(elsewhere, host, last_sign=1e9 - 3601, now=1e9)
+    assert is_alive(elsewhere, lease, last_sign=1e9 - 60, now=1e9)
+    assert not is_alive(elsewhere, lease, last_sign=1e9 - 3601, now=1e9)
 
 
 def test_half_a_line_and_a_lock_of_a_killed_driver_are_mended(tmp_path):
