@@ -5,27 +5,25 @@ import dataclasses
 import functools
 import logging
 import os
-import secrets
-import shutil
-import signal
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.actors import RayActors, put
 from orchestrator.pool import WorkerPool
 from orchestrator.reach import check_reachable
+from orchestrator.starting import embedded, own_sigterm
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
-from supsup.errors import ConfigError, RunFailed, UserError, one_line
+from supsup.errors import ConfigError, UserError, one_line, redacted
 from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
@@ -34,6 +32,8 @@ from supsup.train import native_bf16
 _NODE_SECONDS = 1800.0
 #: Seconds in which a worker must have come up where there is room for it.
 _START_SECONDS = 300.0
+#: Seconds in which a node must have said what it is; kernels are compiled at first.
+_ANSWER_SECONDS = 120.0
 #: Workers of an embedded cluster that one core can be shared by: each takes about a gigabyte.
 _SHARE = 16
 
@@ -91,13 +91,16 @@ def this_machine() -> Machine:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, workers: int | None, device: str) -> Iterator[Cluster]:
+def connect(
+    address: str | None, workers: int | None, device: str, *, look: bool = False
+) -> Iterator[Cluster]:
     """Connect to a cluster, and leave it at the end; or prepare one on this machine.
 
     Args:
         address: "auto" or an address of a running cluster; None embeds one.
         workers: how many workers; None takes the GPUs, else the cores.
         device: "cpu", "cuda" or "auto".
+        look: whether no worker will be started: no node is then waited for, nor added.
 
     Raises:
         UserError: if there is no such cluster, or it lacks what the workers need.
@@ -111,17 +114,18 @@ def connect(address: str | None, workers: int | None, device: str) -> Iterator[C
             )
         cores = max(own, (workers or 0) * THREADS)
         gpus = torch.cuda.device_count()
-        started = functools.partial(_embedded, cores)
+        started = functools.partial(embedded, cores)
         yield _cluster(this_machine(), gpus, cores, workers, device, started)
         return
     with joined(address):
         elastic = is_elastic()
-        if elastic:
-            _await_first_node(workers, device)
+        machine = _machine(workers, device, elastic, look)
         gpus, cores = _capacity("cuda"), _capacity("cpu") * THREADS
-        machine = _probe(gpus)
         joined_as = contextlib.nullcontext
-        yield _cluster(machine, gpus, cores, workers, device, joined_as, True, elastic)
+        cluster = _cluster(machine, gpus, cores, workers, device, joined_as, True, elastic)
+        if not look:
+            _say_if_full(cluster)
+        yield cluster
 
 
 def _cluster(
@@ -166,64 +170,6 @@ def put_data(data: Dataset) -> Any:
 
 
 @contextlib.contextmanager
-def _embedded(cores: int) -> Iterator[None]:
-    """Run a private cluster whose files vanish with it."""
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        # A token of its own; Ray would leave one in the home folder.
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    folders: list[Path] = []
-    try:
-        for last in (False, False, True):
-            folders.append(Path(tempfile.mkdtemp(prefix="supsup-")))
-            if _start_local(cores, folders[-1], last):
-                break
-        yield
-    finally:
-        ray.shutdown()
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start_local(cores: int, folder: Path, last: bool) -> bool:
-    """Start Ray on this machine; return False if it was too busy for that.
-
-    Raises:
-        RunFailed: if so, and this is the last try.
-    """
-    try:
-        with _own_signal_handler():
-            ray.init(
-                address="local",
-                num_cpus=cores,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-            )
-    # Ray has no class of its own for this.
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        _end_processes(folder)
-        if last:
-            raise RunFailed(
-                "Ray did not start on this machine in three times 30 s; it may be too busy: give "
-                "the command again once it is not"
-            ) from None
-        return False
-    return True
-
-
-def _end_processes(folder: Path) -> None:
-    """End what was started of a Ray that keeps its files in a folder."""
-    ray.shutdown()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(str(folder) in word for word in process.cmdline()):
-                process.kill()
-
-
-@contextlib.contextmanager
 def joined(address: str) -> Iterator[str]:
     """Be a driver of a running cluster; gives its HOST:PORT.
 
@@ -232,7 +178,7 @@ def joined(address: str) -> Iterator[str]:
     """
     place = check_reachable(address)
     try:
-        with _own_signal_handler():
+        with own_sigterm():
             ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -245,45 +191,108 @@ def joined(address: str) -> Iterator[str]:
         ray.shutdown()
 
 
-def _await_first_node(workers: int | None, device: str) -> None:
-    """Have the autoscaler add a node that can train, unless there is one."""
+def _machine(workers: int | None, device: str, elastic: bool, look: bool) -> Machine:
+    """Say what workers of the joined cluster run on; an autoscaler may have to add one first."""
+    if elastic and _capacity(device) < 1:
+        if workers is None:
+            raise UserError(
+                "the cluster has no worker yet, and an autoscaler; say how many it is to add: "
+                "--workers N"
+            )
+        if look:
+            return _expected(device)
+        _await_first_node(device)
+    return _probe(device)
+
+
+def _expected(device: str) -> Machine:
+    """Guess what workers will run on that an autoscaler has yet to add, and say so."""
+    device = "cuda" if device == "auto" else device
+    unit = "GPUs" if device == "cuda" else "cores"
+    warnings.warn(
+        f"the cluster has no worker yet, so what they run on isn't known; this takes them for "
+        f"{unit} that multiply bf16: see train.device, train.precision and train.engine",
+        stacklevel=1,
+    )
+    sparse = () if device == "cuda" else ("bf16", "fp32")
+    return Machine(device=device, native_bf16=True, sparse_precisions=sparse)
+
+
+def _await_first_node(device: str) -> None:
+    """Have the autoscaler add a node that can train."""
+    minutes = f"{_NODE_SECONDS / 60:.0f} minutes"
+    warnings.warn(
+        f"the cluster has no worker yet: its autoscaler adds a node, in {minutes} at most",
+        stacklevel=1,
+    )
     gpus = 1 if device == "cuda" else 0
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if resources.get("GPU" if gpus else "CPU", 0) >= 1:
-        return
-    if workers is None:
-        raise UserError(
-            "the cluster has no worker yet, and an autoscaler; say how many it is to add: "
-            "--workers N"
-        )
     ask = ray.remote(this_machine).options(num_cpus=THREADS, num_gpus=gpus)
     try:
         ray.get(ask.remote(), timeout=_NODE_SECONDS)
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         raise UserError(
-            f"the autoscaler added no node in {_NODE_SECONDS / 60:.0f} minutes; see ray status, "
-            "and whether the cloud has any"
+            f"the autoscaler added no node in {minutes}; see ray status, and whether the cloud "
+            "has any"
         ) from None
+
+
+def _probe(device: str) -> Machine:
+    """Ask a node that can train what it is. It answers, too, where others have all its cores.
+
+    Raises:
+        UserError: if there is none, or it doesn't answer.
+    """
+    node = _node_for(device)
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    # Its process ends with it, which would keep some of a GPU's memory.
+    ask: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(this_machine)
+    try:
+        machine: Machine = ray.get(
+            ask.options(scheduling_strategy=there).remote(), timeout=_ANSWER_SECONDS
+        )
+    except RayError as error:
+        late = isinstance(error, GetTimeoutError)
+        why = f"no answer in {_ANSWER_SECONDS:.0f} s" if late else last_line(error)
+        raise UserError(
+            f"node {node['NodeManagerAddress']} can't take workers ({why}); see supsup doctor "
+            "--address, and ray status"
+        ) from None
+    return machine
+
+
+def _node_for(device: str) -> dict[str, Any]:
+    """Return a node that has the device; for "auto" one with a GPU, if there is any."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for unit in {"cuda": ("GPU",), "cpu": ("CPU",)}.get(device, ("GPU", "CPU")):
+        for node in nodes:
+            if node["Alive"] and node["Resources"].get(unit, 0) >= 1:
+                return node
+    unit = "GPUs" if device == "cuda" else "cores"
+    raise UserError(f"the cluster has no node with {unit}; add one, or choose another --address")
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of a remote error: the one that names it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return redacted(lines[-1])[:160] if lines else type(error).__name__
+
+
+def _say_if_full(cluster: Cluster) -> None:
+    """Warn that workers will have to wait, where others have all that they need."""
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    units = {"CPU": "cores"} | ({"GPU": "GPUs"} if cluster.machine.device == "cuda" else {})
+    taken = [name for unit, name in units.items() if free.get(unit, 0) < 1]
+    if taken:
+        warnings.warn(
+            f"others use all {' and '.join(taken)} of the cluster: this waits for room, "
+            f"{cluster.start_seconds / 60:.0f} minutes at most; see ray status",
+            stacklevel=1,
+        )
 
 
 def is_elastic() -> bool:
     """Say whether an autoscaler adds nodes to the joined cluster when they are asked for."""
     return is_autoscaler_v2(fetch_from_server=True)
-
-
-@contextlib.contextmanager
-def _own_signal_handler() -> Iterator[None]:
-    """Keep what SIGTERM does: Ray puts a handler of its own there, which ends in an abort."""
-    stop = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, stop)
-
-
-def _probe(gpus: int) -> Machine:
-    """Ask a node of the cluster, with a GPU if there is one, what it is."""
-    ask = ray.remote(this_machine).options(num_cpus=1, num_gpus=1 if gpus else 0)
-    machine: Machine = ray.get(ask.remote())
-    return machine
 
 
 def check_device(device: str, machine: Machine) -> None:

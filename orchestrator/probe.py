@@ -141,17 +141,18 @@ def cluster(address: str, names: list[str], data_dir: str) -> Clustered:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from orchestrator.cluster import is_elastic, joined
+    from orchestrator.cluster import is_elastic, joined, last_line
 
     with joined(address) as place:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        ask = ray.remote(this_node)
+        # Their processes end with them, which would keep some of a GPU's memory.
+        ask: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(this_node)
         asked = {}
         for node in alive:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            options = ask.options(num_cpus=0, scheduling_strategy=here, max_retries=0)
-            asked[options.remote(names, data_dir)] = node["NodeManagerAddress"]
+            answer = ask.options(scheduling_strategy=here).remote(names, data_dir)
+            asked[answer] = node["NodeManagerAddress"]
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
         nodes, problems = [], [f"{asked[ref]}: no answer in {NODE_SECONDS:.0f} s" for ref in late]
         for ref in ready:
@@ -159,7 +160,7 @@ def cluster(address: str, names: list[str], data_dir: str) -> Clustered:
                 nodes.append(ray.get(ref))
             # Whatever a node lacks, from the package to its memory, is what is asked here.
             except Exception as error:  # noqa: BLE001
-                problems.append(f"{asked[ref]}: {_cause(error)}")
+                problems.append(f"{asked[ref]}: {last_line(error)}")
         return Clustered(
             address=place,
             resources=resources,
@@ -167,14 +168,6 @@ def cluster(address: str, names: list[str], data_dir: str) -> Clustered:
             nodes=nodes,
             problems=problems,
         )
-
-
-def _cause(error: Exception) -> str:
-    """Return the last line of a remote error: the one that names it."""
-    from supsup.errors import redacted
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redacted(lines[-1])[:160] if lines else type(error).__name__
 
 
 def main() -> None:
