@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # MLflow and PostgreSQL for a cluster's head: on loopback alone, so that the head alone reaches them.
 #
-#   services.sh start FOLDER     starts both; their files and passwords are kept in FOLDER
+#   services.sh start FOLDER     starts both; their files and passwords are kept in FOLDER, which
+#                                no other machine may use meanwhile
 #   services.sh stop FOLDER
 #   source FOLDER/environment    tells supsup where they are
 set -euo pipefail
@@ -13,7 +14,15 @@ postgres_port=${POSTGRES_PORT:-5432}
 mlflow_port=${MLFLOW_PORT:-5000}
 PATH=$PATH:$(printf '%s:' /usr/lib/postgresql/*/bin)
 
-running() { [ -f "$folder/mlflow.pid" ] && kill -0 "$(cat "$folder/mlflow.pid")" 2>/dev/null; }
+# FOLDER outlives machines, and on the next one any process may have a number that was kept: it is
+# ours if its command line has these words.
+ours() {
+  local number words
+  number=$(head -n 1 "$1" 2> /dev/null) &&
+    words=$(tr '\0' ' ' 2> /dev/null < "/proc/$number/cmdline") && [[ "$words" == *" $2 "* ]]
+}
+mlflow_runs() { ours "$folder/mlflow.pid" "--default-artifact-root $folder/artifacts"; }
+postgres_runs() { ours "$folder/postgres/postmaster.pid" "-D $folder/postgres"; }
 
 start_postgres() {
   if [ ! -f "$folder/postgres/PG_VERSION" ]; then
@@ -21,9 +30,12 @@ start_postgres() {
     initdb -D "$folder/postgres" -U supsup -E UTF8 --auth=scram-sha-256 \
       --pwfile="$folder/password" > "$folder/initdb.log"
   fi
-  pg_ctl status -D "$folder/postgres" > "$folder/status.log" || pg_ctl start -w -D "$folder/postgres" \
-    -l "$folder/postgres.log" -o "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -p $postgres_port" \
-    > "$folder/start.log"
+  if ! postgres_runs; then
+    rm -f "$folder/postgres/postmaster.pid"
+    pg_ctl start -w -D "$folder/postgres" -l "$folder/postgres.log" \
+      -o "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -p $postgres_port" \
+      > "$folder/start.log"
+  fi
   export PGPASSWORD PGHOST=127.0.0.1 PGPORT=$postgres_port PGUSER=supsup
   PGPASSWORD=$(cat "$folder/password")
   # Each has its own: both keep their schema's version in a table of the same name.
@@ -51,13 +63,13 @@ case $action in
   start)
     mkdir -p "$folder"
     start_postgres
-    running || start_mlflow
+    mlflow_runs || start_mlflow
     echo "source $folder/environment"
     ;;
   stop)
-    if running; then kill -- "-$(cat "$folder/mlflow.pid")"; fi
+    if mlflow_runs; then kill -- "-$(cat "$folder/mlflow.pid")"; fi
     rm -f "$folder/mlflow.pid"
-    pg_ctl stop -w -m fast -D "$folder/postgres" > "$folder/stop.log"
+    if postgres_runs; then pg_ctl stop -w -m fast -D "$folder/postgres" > "$folder/stop.log"; fi
     ;;
   *) echo "start or stop, not $action" >&2; exit 2 ;;
 esac

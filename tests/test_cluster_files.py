@@ -1,5 +1,7 @@
 """The files that launch clusters: taken by Ray's own code, closed, and of the locked versions."""
 
+import copy
+import importlib
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jsonschema
 import pytest
@@ -77,6 +80,63 @@ def test_the_cloud_costs_nothing_when_idle_but_the_head(name):
     assert all(kind["resources"]["GPU"] for kind in types.values())
     assert config["idle_timeout_minutes"] <= 10
     assert config["provider"]["cache_stopped_nodes"] is False
+
+
+class CloudAskedError(Exception):
+    """Ray wants to look up or change something in a cloud."""
+
+
+def ray_module(name: str, monkeypatch):
+    """Import what Ray does in a cloud, without that cloud's client: to ask it is an error."""
+    modules = {
+        "aws": ["boto3", "botocore", "boto3.resources.base", "botocore.client",
+                "botocore.config", "boto3.exceptions", "botocore.exceptions"],
+        "gcp": ["google_auth_httplib2", "googleapiclient", "googleapiclient.discovery",
+                "googleapiclient.errors", "httplib2", "google.oauth2", "google.oauth2.credentials"],
+    }  # fmt: skip
+    for module in modules[name]:
+        monkeypatch.setitem(sys.modules, module, MagicMock(__version__="2.0"))
+    return importlib.import_module(f"ray.autoscaler._private.{name}.config")
+
+
+def test_ray_makes_no_rule_that_lets_everybody_in_on_aws(monkeypatch):
+    aws = ray_module("aws", monkeypatch)
+    everybody = {"CidrIp": "0.0.0.0/0"}
+    assert any(everybody in x.get("IpRanges", ()) for x in aws._create_default_inbound_rules([]))
+    monkeypatch.setattr(aws, "_upsert_security_groups", MagicMock(side_effect=CloudAskedError))
+    config = load("ray_cluster.yaml")
+    assert aws._configure_security_group(copy.deepcopy(config)) == config
+    assert "security_group" not in config["provider"]
+    for kind in config["available_node_types"].values():
+        assert kind["node_config"]["SecurityGroupIds"] == ["SECURITY-GROUP-ID"]
+    del config["available_node_types"]["gpu_worker"]["node_config"]["SecurityGroupIds"]
+    with pytest.raises(CloudAskedError):
+        aws._configure_security_group(config)
+
+
+def test_ray_picks_no_network_that_lets_everybody_in_on_google_cloud(monkeypatch):
+    gcp = ray_module("gcp", monkeypatch)
+    monkeypatch.setattr(gcp, "_list_subnets", MagicMock(side_effect=CloudAskedError))
+    config = load("cluster/gcp.yaml")
+    assert gcp._configure_subnet(config, compute=None) == config
+    for kind in config["available_node_types"].values():
+        (interface,) = kind["node_config"]["networkInterfaces"]
+        assert interface["subnetwork"].endswith("/regions/us-west1/subnetworks/supsup")
+    del config["available_node_types"]["head"]["node_config"]["networkInterfaces"]
+    with pytest.raises(CloudAskedError):
+        gcp._configure_subnet(config, compute=None)
+
+
+def test_the_guide_opens_ssh_to_one_address_and_nothing_else():
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    rules = re.findall(
+        r"^ *(?:aws ec2 authorize|gcloud compute firewall-rules).*", text, re.MULTILINE
+    )
+    assert len(rules) == 4
+    inside = ("UserIdGroupPairs=[{GroupId=$group}]", "--source-ranges=10.0.0.0/20")
+    for rule in rules:
+        one_address = "22" in rule and '/32"' in rule
+        assert one_address or any(group in rule for group in inside)
 
 
 def test_ray_accepts_the_kubernetes_cluster():
@@ -159,6 +219,81 @@ def test_what_is_to_be_filled_in_is_in_the_guide(name):
     lines = [x.partition("#")[0] for x in (ROOT / name).read_text().splitlines()]
     for word in CAPITALS.findall("\n".join(lines)):
         assert word in guide, word
+
+
+@pytest.fixture
+def acted(tmp_path):
+    """Run services.sh with tools that note what they are asked."""
+    folder, tools, log = tmp_path / "services", tmp_path / "tools", tmp_path / "log"
+    (folder / "postgres").mkdir(parents=True)
+    (folder / "postgres" / "PG_VERSION").touch()
+    (folder / "password").write_text("x\n")
+    tools.mkdir()
+    lock = folder / "postgres" / "postmaster.pid"
+    acts = {
+        "pg_ctl": f'[ -f {lock} ] && [ "$1" = start ] && exit 1\necho pg_ctl $1 >> {log}',
+        "psql": "echo 1",
+        "mlflow": f"echo mlflow $1 >> {log}\nsleep 100",
+    }
+    for name, act in acts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{act}\n")
+        (tools / name).chmod(0o755)
+
+    def do(action: str, seconds: float = 0.5) -> list[str]:
+        log.write_text("")
+        command = ["bash", str(ROOT / "cluster" / "services.sh"), action, str(folder)]
+        path = f"{tools}:{os.environ['PATH']}"
+        subprocess.run(command, env=os.environ | {"PATH": path}, check=True, timeout=60)
+        deadline = time.monotonic() + seconds
+        while "mlflow server" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return log.read_text().splitlines()
+
+    return folder, do
+
+
+def test_a_process_with_the_number_of_another_machine_is_no_service(acted):
+    folder, do = acted
+    lock, noted = folder / "postgres" / "postmaster.pid", folder / "mlflow.pid"
+    with subprocess.Popen(["sleep", "100"]) as stranger:
+        try:
+            lock.write_text(f"{stranger.pid}\n{folder}/postgres\n")
+            noted.write_text(f"{stranger.pid}\n")
+            assert do("stop") == []
+            assert stranger.poll() is None
+            noted.write_text(f"{stranger.pid}\n")
+            assert do("start", 10) == ["pg_ctl start", "mlflow server"]
+            assert not lock.exists()
+            do("stop")
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_services_that_run_are_not_started_again_and_are_stopped(acted):
+    folder, do = acted
+    assert do("start", 10) == ["pg_ctl start", "mlflow server"]
+    noted = folder / "mlflow.pid"
+    mlflow = Path("/proc") / noted.read_text().strip()
+    postgres = [
+        sys.executable,
+        "-c",
+        "import time; time.sleep(100)",
+        "-D",
+        str(folder / "postgres"),
+    ]
+    with subprocess.Popen(postgres) as running:
+        try:
+            (folder / "postgres" / "postmaster.pid").write_text(f"{running.pid}\n")
+            assert do("start") == []
+            assert do("stop") == ["pg_ctl stop"]
+        finally:
+            running.kill()
+    assert not noted.exists()
+    deadline = time.monotonic() + 10
+    while mlflow.exists() and mlflow.joinpath("cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.fixture
