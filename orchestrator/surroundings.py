@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import http.client
 import importlib.metadata
 import ipaddress
 import os
@@ -164,6 +165,8 @@ def mlflow_store(tracking_uri: str | None, runs_dir: Path) -> list[Finding]:
         return [Finding("ok", "MLflow", f"{path}: none yet, the first run makes it")]
     try:
         with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_SECONDS) as database:
+            if database.execute("select 1 from sqlite_master").fetchone() is None:
+                return [Finding("ok", "MLflow", f"{path}: empty, the first run fills it")]
             found = database.execute("select version_num from alembic_version").fetchone()
     except sqlite3.Error as error:
         remedy = "it is no store of MLflow, or it is damaged: move it away"
@@ -183,7 +186,7 @@ def _mlflow_server(uri: str) -> list[Finding]:
     try:
         status, version = _get(f"{uri}/version")
         foreign, _ = _get(f"{uri}/version", host=_FOREIGN_HOST)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         remedy = "start it or mend --tracking-uri; a run would go on, and keep its records"
         return [Finding("warn", "MLflow", f"{shown}: {redacted(one_line(error))}", remedy)]
     if status in (401, 403):

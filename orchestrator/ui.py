@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
+from orchestrator.surroundings import mlflow_store
 from orchestrator.tracking import experiment_id, local_store
-from supsup.errors import UserError
+from supsup.errors import RunFailed, UserError
 
 #: Charts of training runs side by side; without it the page opens for language models.
 _VIEW = "workflowType=machine_learning&compareRunsMode=CHART"
@@ -22,9 +23,13 @@ def serve(runs_dir: Path, port: int) -> None:
 
     Raises:
         UserError: if there is nothing to show, or the port is taken.
+        RunFailed: if the server ends by itself.
     """
     if not (runs_dir / "mlflow.db").exists():
         raise UserError(f"{runs_dir} has no MLflow store yet; start one with supsup run")
+    for finding in mlflow_store(None, runs_dir):
+        if finding.level == "fail":
+            raise UserError(finding.text)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -53,7 +58,8 @@ def serve(runs_dir: Path, port: int) -> None:
     # A session of its own: the server's children end with it, whoever ends this process.
     with subprocess.Popen(command, env=environment, start_new_session=True) as server:
         try:
-            server.wait()
+            ended = server.wait()
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)
+    raise RunFailed(f"the MLflow server ended with status {ended}; what it said is above")

@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -183,6 +184,29 @@ def test_an_mlflow_server_that_is_away_stops_no_run(tmp_path, free_port):
     found = surroundings.mlflow_store(f"http://127.0.0.1:{free_port}", tmp_path)
     assert works(found)
     assert "Connection refused" in found[0].text
+
+
+def test_an_empty_store_is_filled_by_the_first_run(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    (found,) = surroundings.mlflow_store(None, tmp_path)
+    assert (found.level, found.text.partition(": ")[2]) == ("ok", "empty, the first run fills it")
+
+
+def test_what_speaks_no_http_is_one_finding_with_its_remedy(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=greet, args=(listening,), daemon=True).start()
+        other = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        for uri in (other, "http://localhost:abc"):
+            (found,) = surroundings.mlflow_store(uri, tmp_path)
+            assert "mend --tracking-uri" in found.text
+
+
+def greet(listening: socket.socket) -> None:
+    """Answer as a server that waits for no request."""
+    connection, _ = listening.accept()
+    with connection:
+        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        connection.recv(1000)
 
 
 # --- ports ---------------------------------------------------------------------------------------

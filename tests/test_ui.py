@@ -1,15 +1,20 @@
 """The page: the real server, asked over HTTP."""
 
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from orchestrator import ui
 from orchestrator.tracking import Tracker, local_store
+from supsup.errors import RunFailed, UserError
 from tests.test_run import SUPSUP, wait_for
 
 
@@ -22,6 +27,30 @@ def status(address: str, host: str | None = None) -> int:
         return error.code
     except OSError:
         return 0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_bytes(b"<html>" * 100), "file is not a database"),
+        (lambda path: sqlite3.connect(path).execute("create table x (y)"), "move it away"),
+    ],
+)
+def test_a_store_that_is_none_is_one_line(tmp_path, free_port, make, said):
+    make(tmp_path / "mlflow.db")
+    with pytest.raises(UserError, match=said):
+        ui.serve(tmp_path, free_port)
+
+
+@pytest.mark.parametrize(("program", "status"), [("false", 1), ("true", 0)])
+def test_a_server_that_ends_by_itself_is_a_failure(
+    tmp_path, free_port, monkeypatch, program, status
+):
+    (tmp_path / "mlflow.db").touch()
+    monkeypatch.setattr(ui, "experiment_id", lambda _: "1")
+    monkeypatch.setattr(sys, "executable", shutil.which(program))
+    with pytest.raises(RunFailed, match=f"the MLflow server ended with status {status};"):
+        ui.serve(tmp_path, free_port)
 
 
 @pytest.mark.slow
