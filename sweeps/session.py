@@ -20,6 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.cluster import Cluster, connect
+from orchestrator.defaults import private_files
 from orchestrator.runfolder import SWEEPS, check_name, check_runs_dir
 from orchestrator.tracking import store_for
 from supsup.bank import locked
@@ -111,6 +112,7 @@ def run(
     options = options or Options()
     check_runs_dir(options.runs_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(private_files())
         shown = shown or stack.enter_context(progress())
         cluster = stack.enter_context(_cluster(spec, options))
         return work(spec, options, cluster, shown)
