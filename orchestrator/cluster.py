@@ -81,10 +81,14 @@ class Cluster:
         return options.remote(setup, data)
 
 
-def this_machine() -> Machine:
-    """Say what a worker on this machine would run on; warns of what makes it slow."""
+def this_machine(asked: str = "auto") -> Machine:
+    """Say what a worker on this machine would run on; warns of what makes it slow.
+
+    Args:
+        asked: "auto", or the device that it shall be if it is there.
+    """
     lookup_kernels()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
     return Machine(
         device=device, native_bf16=native_bf16(device), sparse_precisions=sparse_precisions()
     )
@@ -115,7 +119,7 @@ def connect(
         cores = max(own, (workers or 0) * THREADS)
         gpus = torch.cuda.device_count()
         started = functools.partial(embedded, cores)
-        yield _cluster(this_machine(), gpus, cores, workers, device, started)
+        yield _cluster(this_machine(device), gpus, cores, workers, device, started)
         return
     with joined(address):
         elastic = is_elastic()
@@ -248,7 +252,7 @@ def _probe(device: str) -> Machine:
     ask: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(this_machine)
     try:
         machine: Machine = ray.get(
-            ask.options(scheduling_strategy=there).remote(), timeout=_ANSWER_SECONDS
+            ask.options(scheduling_strategy=there).remote(device), timeout=_ANSWER_SECONDS
         )
     except RayError as error:
         late = isinstance(error, GetTimeoutError)

@@ -241,7 +241,8 @@ class WorkerPool:
             self._last_up = self._looked
         elif self._looked - self._last_up > self._nobody_seconds:
             raise PoolBroken(
-                f"no worker came up in {self._nobody_seconds / 60:.0f} minutes; see ray status"
+                f"no worker came up in {self._nobody_seconds / 60:.0f} minutes; see ray status, "
+                "and whether other runs hold all that there is"
             )
         if room is not None:
             self._follow(max(1, min(room, self._most or room)))

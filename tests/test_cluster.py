@@ -41,14 +41,14 @@ def test_a_busy_cluster_says_what_it_is_and_that_a_run_waits_for_room(cluster):
         ray.kill(holder)
 
 
-def broken():
+def broken(asked):
     raise ModuleNotFoundError("no supsup")
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda: time.sleep(2), r"no answer in 0 s\); see supsup doctor"),
+        (lambda asked: time.sleep(2), r"no answer in 0 s\); see supsup doctor"),
         (broken, "ModuleNotFoundError: no supsup"),
     ],
 )
@@ -231,3 +231,13 @@ def command_lines() -> list[str]:
         with contextlib.suppress(OSError):
             found.append(path.read_text(errors="replace"))
     return found
+
+
+def test_a_worker_that_shall_use_the_cpu_is_asked_about_the_cpu(monkeypatch):
+    """A GPU multiplies bf16 where the processor beside it may not."""
+    monkeypatch.setattr(clusters.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clusters, "native_bf16", lambda device: device == "cuda")
+    assert clusters.this_machine().native_bf16
+    assert clusters.this_machine("cuda").device == "cuda"
+    found = clusters.this_machine("cpu")
+    assert (found.device, found.native_bf16) == ("cpu", False)
