@@ -1,14 +1,13 @@
 """Options of the command line, most of them made from the fields of the configuration."""
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
+from orchestrator.tracking import refuse_password
 from supsup.config import ALGORITHMS, OBJECTIVES, RunConfig, method_parts
-from supsup.errors import ConfigError
 from supsup.fields import FieldInfo, as_text, config_fields, get_field
 from supsup.recipes import RECIPES
 
@@ -79,11 +78,8 @@ data_dir = click.option(
 
 
 def _without_password(_context: Any, _option: Any, uri: str | None) -> str | None:
-    if uri and re.search(r"://[^/]*:[^/]*@", uri):
-        raise ConfigError(
-            "the tracking URI has a password in it, which would be kept with the run; give it in "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
+    if uri:
+        refuse_password(uri)
     return uri
 
 

@@ -5,6 +5,7 @@ to MLflow in order; a resumed run, or ``supsup sync``, delivers what is left.
 """
 
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.outbox import RECORDS, Address, Outbox, cannot_reach, deliver
 from supsup.errors import ConfigError, one_line, shown
@@ -52,12 +54,14 @@ def store_for(tracking_uri: str | None, runs_dir: Path) -> Store:
     """Return the store that a tracking URI names; without one, the local store.
 
     Raises:
-        ConfigError: if the URI is no ``http(s)://`` or ``sqlite:///`` address.
+        ConfigError: if the URI is no ``http(s)://`` or ``sqlite:///`` address, or has a password.
     """
     if tracking_uri is None:
         return local_store(runs_dir)
+    refuse_password(tracking_uri)
     scheme, colon, rest = tracking_uri.partition("://")
-    if not colon or not rest.strip("/") or scheme not in ("http", "https", "sqlite"):
+    known = bool(colon and rest.strip("/")) and scheme in ("http", "https", "sqlite")
+    if not known or (scheme != "sqlite" and not _is_place(tracking_uri)):
         raise ConfigError(
             "the tracking URI must be http://HOST:PORT, https://HOST or sqlite:////PATH"
         )
@@ -71,6 +75,28 @@ def store_for(tracking_uri: str | None, runs_dir: Path) -> Store:
         artifacts = path.parent / "mlflow-artifacts"
         return Store(uri=tracking_uri, artifacts=artifacts, given=tracking_uri)
     return Store(uri=tracking_uri, artifacts=None, given=tracking_uri)
+
+
+def refuse_password(tracking_uri: str) -> None:
+    """Check that a tracking URI has no password.
+
+    Raises:
+        ConfigError: if it has one; says where to give it.
+    """
+    if re.search(r"://[^/]*:[^/]*@", tracking_uri):
+        raise ConfigError(
+            "the tracking URI has a password in it, which would be kept with the run; give it in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+
+
+def _is_place(uri: str) -> bool:
+    """Say whether an address has a host, and a port that is one if any."""
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _check_sqlite(path: Path) -> None:

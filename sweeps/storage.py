@@ -54,6 +54,11 @@ def check_storage(url: str) -> None:
         ) from None
     except ImportError:
         return  # Said with its name when it is opened.
+    if secret := next((name for name in parsed.query if "pass" in name), ""):
+        raise ConfigError(
+            f"the storage has {secret} among its parameters, which would be kept with the sweep; "
+            "write the password as in postgresql://USER:PASSWORD@HOST, or give it in PGPASSWORD"
+        )
     if parsed.get_backend_name() not in ("postgresql", "sqlite"):
         raise ConfigError(
             f"storage {public(url)} is {parsed.get_backend_name()}, must be postgresql or sqlite"

@@ -62,6 +62,10 @@ def supsup(monkeypatch, capsys, tmp_path):
         (("run", "grid.toml", "--workers", "0"), "0 is not in the range"),
         (("run", "grid.toml", "--concurrency", "0"), "0 is not in the range"),
         (("run", "grid.toml", "--storage", "x"), "the storage must be postgresql://"),
+        (
+            ("run", "grid.toml", "--storage", "postgresql://me@h/db?password=s3cr3t"),
+            "the storage has password among its parameters",
+        ),
         (("run", "grid.toml", "--tracking-uri", "x"), "the tracking URI must be"),
         (("run", "grid.toml", "--address", "127.0.0.1:1"), "no Ray cluster at"),
         (("run", "bad.toml"), "did you mean train.learning_rate?"),

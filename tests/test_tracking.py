@@ -220,6 +220,12 @@ def test_a_record_that_no_version_writes_blocks_none_behind_it(sink, tmp_path, r
     assert sink._client.sent == ["RUNNING"]
 
 
+def test_a_password_is_refused_wherever_the_uri_comes_from(tmp_path):
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        store_for("http://me:s3cr3t@host:5000", tmp_path)
+    assert "s3cr3t" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "uri",
     [
@@ -229,6 +235,9 @@ def test_a_record_that_no_version_writes_blocks_none_behind_it(sink, tmp_path, r
         "ftp://host",
         "http://",
         "postgres:5432",
+        "http://localhost:abc",
+        "http://localhost:99999",
+        "http://:5000",
         "sqlite:///relative.db",
         "sqlite:////no/such/folder/mlflow.db",
     ],
