@@ -31,20 +31,40 @@ def embedded(cores: int) -> Iterator[None]:
         RunFailed: if it doesn't start.
         UserError: if there is no folder for its files.
     """
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        # A token of its own; Ray would leave one in the home folder.
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folders: list[Path] = []
+    with _own_token():
+        try:
+            for last in (False, False, True):
+                folders.append(_scratch())
+                if _start_local(cores, folders[-1], last):
+                    break
+            yield
+        finally:
+            ray.shutdown()
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """Use a token made for this, where tokens are on; Ray would leave one in the home folder.
+
+    Ray keeps the first token that it sees in a process, until it is told that there is another.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        yield
+        return
+    tokens: Any = ray._raylet.AuthenticationTokenLoader.instance()  # type: ignore[attr-defined]
+    before = os.environ.get("RAY_AUTH_TOKEN")
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    tokens.reset_cache()
     try:
-        for last in (False, False, True):
-            folders.append(_scratch())
-            if _start_local(cores, folders[-1], last):
-                break
         yield
     finally:
-        ray.shutdown()
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("RAY_AUTH_TOKEN")
+        if before is not None:
+            os.environ["RAY_AUTH_TOKEN"] = before
+        tokens.reset_cache()
 
 
 def _scratch() -> Path:

@@ -4,6 +4,7 @@ import re
 import time
 
 import pytest
+from ray._raylet import AuthenticationTokenLoader
 from ray.cluster_utils import Cluster
 
 from benchmarks.faults import Command
@@ -18,6 +19,7 @@ def nodes(monkeypatch):
     """A head without work and two nodes with a core each; other Ray settings than the session's."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    AuthenticationTokenLoader.instance().reset_cache()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}, connect=False)
     cluster.worker_nodes_of_test = [cluster.add_node(num_cpus=1) for _ in range(2)]
     yield cluster

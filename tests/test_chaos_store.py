@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from ray._raylet import AuthenticationTokenLoader
 from ray.cluster_utils import Cluster
 
 from benchmarks.faults import Command
@@ -58,6 +59,7 @@ def cluster_of(monkeypatch):
     """Start a node with two cores, and a store of 80 MB over a folder on disk."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    AuthenticationTokenLoader.instance().reset_cache()
     started = []
 
     def start(folder):

@@ -241,3 +241,27 @@ def test_a_worker_that_shall_use_the_cpu_is_asked_about_the_cpu(monkeypatch):
     assert clusters.this_machine("cuda").device == "cuda"
     found = clusters.this_machine("cpu")
     assert (found.device, found.native_bf16) == ("cpu", False)
+
+
+TWICE = """
+import os
+import ray
+from orchestrator.starting import embedded
+os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+seen = set()
+for _ in range(2):
+    with embedded(1):
+        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        seen.add(os.environ["RAY_AUTH_TOKEN"])
+print(len(seen), os.environ["RAY_AUTH_TOKEN"] == "0" * 64)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_may_start_ray_again_and_again_each_with_a_token_of_its_own():
+    """As a notebook does that runs two sweeps."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["2", "True"], done.stderr

@@ -139,7 +139,7 @@ def test_more_tasks_train_the_others_alone_and_evaluation_trains_nothing(whole):
     assert "trained now" not in done.stdout
     assert "G one-shot, 10 images" in done.stdout
     report = whole / "runs" / "whole" / "report"
-    assert (report / "gnu-g-one-shot-b10-images20" / "accuracy.png").exists()
+    assert (report / "gnu-g-one-shot-b10-images20-depth1" / "accuracy.png").exists()
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{whole}/runs/mlflow.db")
