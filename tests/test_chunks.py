@@ -38,6 +38,8 @@ def test_chunks_are_learned_as_a_plain_loop_does_and_joined(tmp_path, crew, chun
     assert (joins["joined"], joins["wrong_joins"], last.missed) == (1, 0, 0)
     allocated = sum(len({s.mask for s in steps}) for steps in expected)
     assert last.masks == allocated - 1
+    # Masks too many within a chunk are all that is left apart: of joins, none is missed.
+    assert joins["missed_joins"] == last.false_new == last.masks - chunked.tasks
     bank = Bank.open(tmp_path / "open")
     kept = json.loads((tmp_path / "open" / "stream" / "merge.json").read_text())["kept"]
     assert len(kept) == last.masks
