@@ -24,6 +24,7 @@ from orchestrator.starting import embedded, own_sigterm
 from orchestrator.worker import THREADS, RemoteTaskWorker, WorkerSetup
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError, UserError, one_line, redacted
+from supsup.fused import fused_kernels_here
 from supsup.packed import lookup_kernels
 from supsup.sparse import sparse_precisions
 from supsup.train import native_bf16
@@ -45,6 +46,8 @@ class Machine:
     device: str
     native_bf16: bool
     sparse_precisions: tuple[str, ...]
+    fused: bool = False
+    """Whether the fused engine can be had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,10 @@ def this_machine(asked: str = "auto") -> Machine:
     lookup_kernels()
     device = "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
     return Machine(
-        device=device, native_bf16=native_bf16(device), sparse_precisions=sparse_precisions()
+        device=device,
+        native_bf16=native_bf16(device),
+        sparse_precisions=sparse_precisions(),
+        fused=device == "cuda" and fused_kernels_here(),
     )
 
 
@@ -219,7 +225,9 @@ def _expected(device: str) -> Machine:
         stacklevel=1,
     )
     sparse = () if device == "cuda" else ("bf16", "fp32")
-    return Machine(device=device, native_bf16=True, sparse_precisions=sparse)
+    return Machine(
+        device=device, native_bf16=True, sparse_precisions=sparse, fused=device == "cuda"
+    )
 
 
 def _await_first_node(device: str) -> None:

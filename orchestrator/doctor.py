@@ -136,6 +136,9 @@ def machine(node: Node) -> list[Finding]:
         _gpu(node),
         Finding("ok", "engine", engine(node)),
     ]
+    if node.device == "cuda" and not node.fused:
+        remedy = "install gcc and Triton, for GPUs of compute capability 8.0: training gets faster"
+        findings.append(Finding("warn", "fused engine", "can't be had", remedy))
     if not node.compiler:
         remedy = "install g++: training gets about twice as fast, task inference many times"
         findings.append(Finding("warn", "compiler", "no C++ compiler", remedy))
@@ -161,7 +164,8 @@ def engine(node: Node) -> str:
     """Say which engine trains on a machine where the configuration leaves it open."""
     precision = "bf16" if node.native_bf16 else "fp32"
     if node.device == "cuda":
-        return f"dense, {precision}, on the GPU"
+        kind = "fused" if node.fused else "dense"
+        return f"{kind}, {precision}, on the GPU"
     if precision in node.sparse:
         return f"sparse, {precision}, where most pixels are background, as MNIST's; else dense"
     return f"dense, {precision}"

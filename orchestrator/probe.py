@@ -48,6 +48,8 @@ class Node:
     native_bf16: bool
     sparse: list[str]
     """Precisions in which the sparse engine can be had."""
+    fused: bool
+    """Whether the fused engine can be had."""
     lookup: bool
     """Whether task inference has compiled kernels."""
     instructions: list[str]
@@ -96,6 +98,7 @@ def this_node(names: list[str], data_dir: str) -> Node:
         driver=_driver(),
         native_bf16=machine.native_bf16,
         sparse=list(machine.sparse_precisions),
+        fused=machine.fused,
         lookup=lookup,
         instructions=[x for x in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(x)],
         compiler=shutil.which(os.environ.get("CXX") or "g++") or "",

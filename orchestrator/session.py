@@ -241,6 +241,7 @@ def resolve_on(machine: Machine, config: RunConfig, data: Dataset) -> RunConfig:
         device=machine.device,
         native_bf16=machine.native_bf16,
         sparse=machine.sparse_precisions if mostly_background(data) else (),
+        fused=machine.fused,
     )
 
 
@@ -254,6 +255,7 @@ def _like_existing(config: RunConfig, folder: RunFolder) -> RunConfig:
         device=train.device,
         native_bf16=train.precision == "bf16",
         sparse=(train.precision,) if train.engine == "sparse" else (),
+        fused=train.engine == "fused",
     )
 
 

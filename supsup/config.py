@@ -150,11 +150,12 @@ class TrainConfig:
         Literal["auto", "cpu", "cuda"], _setting("where blocks are trained; auto: GPUs if any")
     ] = "auto"
     engine: Annotated[
-        Literal["auto", "dense", "sparse", "general"],
+        Literal["auto", "dense", "sparse", "fused", "general"],
         _setting(
-            "dense and sparse train permuted tasks of MLPs with threshold and rmsprop, sparse by "
-            "skipping background pixels (on CPUs: bf16 with AVX512-BF16, fp32 with AVX2); general "
-            "trains everything else; auto: the fastest that can be had and pays"
+            "dense, sparse and fused train permuted tasks of MLPs with threshold and rmsprop, "
+            "sparse by skipping background pixels (on CPUs: bf16 with AVX512-BF16, fp32 with "
+            "AVX2), fused by kernels of Triton (on GPUs); general trains everything else; auto: "
+            "the fastest that can be had and pays"
         ),
     ] = "auto"
 
@@ -370,8 +371,8 @@ class RunConfig:
     block_size: Annotated[
         int,
         _setting(
-            "tasks per block, the unit of work and of commit; 0: 10 on a CPU, 1 there with the "
-            "general engine, 250 on a GPU, which trains as many together as its memory holds",
+            "tasks per block, the unit of work and of commit; 0: 10 on a CPU, 250 on a GPU; with "
+            "the general engine 1, of MLPs on a GPU 32",
             ge=0,
             le=10_000,
         ),

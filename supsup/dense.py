@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from supsup.compiling import compiled, square_root
+from supsup.feed import Batch, Feed
 from supsup.material import TEST_CHUNK, Material, learning_rate
 
 #: Tasks trained together on a CPU. More share their batches and overhead, fewer the cache.
 CPU_TASKS = 10
-#: Images [B, P] as the network takes them, and labels [B].
-Batch = tuple[Tensor, Tensor]
 #: The part of a GPU's free memory that tasks trained together may take.
 _GPU_PART = 0.8
 
@@ -28,13 +27,9 @@ class DenseEngine:
     """Trains tasks together by batched matrix products."""
 
     def __init__(self, material: Material) -> None:
-        """Move the data to the device: on a CPU as the network takes it, on a GPU as bytes."""
-        self.material = material
-        data, device = material.data, material.device
-        self._train = material.on_device(data.train_images), material.on_device(data.train_labels)
-        self._test = material.on_device(data.test_images), material.on_device(data.test_labels)
-        if device.type == "cpu":
-            self._train = material.normalised(self._train[0]), self._train[1]
+        """Move the data to the device, and compile the update."""
+        self.material, device = material, material.device
+        self.feed = Feed(material)
         train = material.config.train
         update = _make_update(device)
 
@@ -70,30 +65,9 @@ class DenseEngine:
         """Return masks in training, from weights and state [T, O, I] per layer."""
         return DenseGroup(self, weights, scores, square_avgs)
 
-    def training_batch(self, number: int) -> Batch:
-        """Return a batch of the run's own order, for ``learn``."""
-        images_NP, labels_N = self._train
-        indices_B = self.material.order[number]
-        return self._taken(
-            images_NP.index_select(0, indices_B), labels_N.index_select(0, indices_B)
-        )
-
     def batches(self, images_NP: Tensor, y_N: Tensor) -> Sequence[Batch]:
         """Return the images [B, P] of batches as the network takes them, and the labels [B]."""
-        size = self.material.config.train.batch_size
-        parts = zip(torch.split(images_NP, size), torch.split(y_N, size), strict=True)
-        return [self._taken(*part) for part in parts]
-
-    def _taken(self, images_BP: Tensor, y_B: Tensor) -> Batch:
-        device = self.material.device
-        return self.material.normalised(images_BP.to(device)), y_B.to(device)
-
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test images [B, P] as the network takes them, and labels [B], in order."""
-        images_NP, labels_N = self._test
-        for start in range(0, len(labels_N), TEST_CHUNK):
-            part = slice(start, start + TEST_CHUNK)
-            yield self.material.normalised(images_NP[part]), labels_N[part]
+        return self.feed.batches(images_NP, y_N)
 
 
 class DenseGroup:
@@ -113,7 +87,7 @@ class DenseGroup:
 
     def step(self, number: int) -> None:
         """Train all tasks on a batch of the run's own order."""
-        self.learn(self._engine.training_batch(number), number)
+        self.learn(self._engine.feed.training_batch(number), number)
 
     def learn(self, batch: Batch, number: int) -> None:
         """Train all tasks on a batch, as their ``number``-th."""
@@ -123,13 +97,13 @@ class DenseGroup:
 
     def logits(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the logits [T, B, S] of a training batch as the masks are, and its labels [B]."""
-        x_BP, y_B = self._engine.training_batch(number)
+        x_BP, y_B = self._engine.feed.training_batch(number)
         return self._forward(x_BP, self._outputs)[-1], y_B
 
     def test_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the logits [T, B, S] of the test images, and labels [B], in order."""
         outputs = self.layers.activations(TEST_CHUNK)
-        for x_BP, y_B in self._engine.test_batches():
+        for x_BP, y_B in self._engine.feed.test_batches():
             yield self._forward(x_BP, outputs)[-1], y_B
 
     def scores(self) -> list[Tensor]:

@@ -23,14 +23,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from supsup.answering import packed_masks
 from supsup.config import EvalConfig, RunConfig
 from supsup.datasets import Dataset
+from supsup.gpu import repeatable
 from supsup.inference import RANKED, Queries, TaskInference, ranked
 from supsup.masking import mask_bytes
 from supsup.material import as_tensor, layers_of
 from supsup.models import fixed_weights
 from supsup.net_inference import make_inference
-from supsup.packed import packed_masks
 from supsup.sampling import half_width, sampled_images
 from supsup.seeding import generator
 from supsup.tasks import task_family
@@ -51,6 +52,8 @@ def no_confusions() -> Counts:
 _DECISIONS, _IMAGE_BYTES = 1024, 64 << 20
 #: Numbers per decision and mask: the gradients of two objectives, in parts, joined, and ranked.
 _PER_MASK = 6
+#: Of a GPU's memory, the part that task inference may take.
+_GPU_PART = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,10 @@ class _Queries:
 
 
 class Evaluator:
-    """Evaluates tasks of one run among the first k masks of its bank, in fp32."""
+    """Evaluates tasks of one run among the first k masks of its bank, in fp32.
+
+    Where the run trains, if that is here: on a GPU, or on the cores.
+    """
 
     def __init__(self, config: RunConfig, data: Dataset) -> None:
         """Generate the weights of the run.
@@ -173,7 +179,12 @@ class Evaluator:
         self._config, self._data = config, data
         self._layers = layers_of(config, data)
         self._family = task_family(config, data)
-        self._weights = [torch.from_numpy(w) for w in fixed_weights(config.seed, self._layers)]
+        on_gpu = config.train.device == "cuda" and torch.cuda.is_available()
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._weights = [
+            torch.from_numpy(weight_OI).to(self._device)
+            for weight_OI in fixed_weights(config.seed, self._layers)
+        ]
         self._engines: dict[tuple[int, int, int], TaskInference] = {}
 
     def evaluate(
@@ -199,6 +210,18 @@ class Evaluator:
         """
         if owners_T is None:
             owners_T = np.arange(learned)
+        with repeatable():
+            return self._evaluated(evaluation, masks_TB, learned, tasks, owners_T, statistics_TS)
+
+    def _evaluated(
+        self,
+        evaluation: EvalConfig,
+        masks_TB: npt.NDArray[np.uint8],
+        learned: int,
+        tasks: Sequence[int],
+        owners_T: npt.NDArray[np.int64],
+        statistics_TS: npt.NDArray[np.float32] | None,
+    ) -> Evaluation:
         engine = self._engine(evaluation, masks_TB, statistics_TS, len(owners_T))
         counts_TM6 = np.zeros((len(tasks), len(evaluation.methods), len(COUNTS)), dtype=np.int64)
         pairs: list[npt.NDArray[np.int64]] = []
@@ -219,13 +242,13 @@ class Evaluator:
 
     def given(self, masks_KB: npt.NDArray[np.uint8], tasks: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return how many test images [K] each mask has right, given the task that it is asked."""
-        masks = packed_masks(as_tensor(masks_KB), self._weights, self._layers)
+        masks = packed_masks(as_tensor(masks_KB).to(self._device), self._weights, self._layers)
         correct = []
         for mask, task in enumerate(tasks):
             labels_N = self._family.test_labels(task)
             images_NP = self._pixels(np.array([task]), np.arange(len(labels_N))[None])[0]
             classes_N = masks.logits(mask, images_NP)[:, : self._family.classes].argmax(-1)
-            correct.append(int((classes_N.numpy() == labels_N).sum()))
+            correct.append(int((classes_N.cpu().numpy() == labels_N).sum()))
         return np.array(correct, dtype=np.int64)
 
     def _engine(
@@ -247,16 +270,26 @@ class Evaluator:
                 key: make_inference(
                     self._config,
                     self._data,
-                    as_tensor(masks_TB[:learned]),
+                    as_tensor(masks_TB[:learned]).to(self._device),
                     self._weights,
                     self._layers,
                     self._family.classes,
-                    evaluation.memory_mb << 20,
+                    self._memory(evaluation),
                     None if statistics_TS is None else statistics_TS[:learned],
                     evaluation.depth,
                 )
             }
         return self._engines[key]
+
+    def _memory(self, evaluation: EvalConfig) -> int:
+        """Return the bytes that task inference may take above the packed masks.
+
+        On a GPU more, for it has no other use: of all its memory, so that they are always as many.
+        """
+        least = evaluation.memory_mb << 20
+        if self._device.type == "cpu":
+            return least
+        return max(least, torch.cuda.mem_get_info(self._device)[1] // _GPU_PART)
 
     # --- what is asked -------------------------------------------------------------------------
 
@@ -268,7 +301,7 @@ class Evaluator:
         What is left of the tasks' images behind their whole groups is a smaller group each.
         """
         size = evaluation.group_size
-        room = (evaluation.memory_mb << 20) // (_PER_MASK * torch.float32.itemsize * masks)
+        room = self._memory(evaluation) // (_PER_MASK * torch.float32.itemsize * masks)
         most = max(1, min(self._together(evaluation.batch), room))
         whole = (
             (row, task, group_G)
@@ -305,11 +338,12 @@ class Evaluator:
     def _pixels(self, tasks_Q: npt.NDArray[np.int64], images_QN: npt.NDArray[np.int64]) -> Tensor:
         """Return test images as their tasks see them, normalised, [Q, N, P]."""
         data = self._data
-        pixels_QNP = np.empty((*images_QN.shape, data.pixels), dtype=np.float32)
+        pixels_QNP = np.empty((*images_QN.shape, data.pixels), dtype=np.uint8)
         for task in np.unique(tasks_Q):
             mine_Q = tasks_Q == task
             pixels_QNP[mine_Q] = self._family.test_images(int(task), images_QN[mine_Q])
-        return torch.from_numpy((pixels_QNP / data.scale - data.mean) / data.std)
+        pixels = torch.from_numpy(pixels_QNP).to(self._device)
+        return (pixels.float() / data.scale - data.mean) / data.std
 
     def _labels(
         self, tasks_Q: npt.NDArray[np.int64], images_QG: npt.NDArray[np.int64]
@@ -324,11 +358,14 @@ class Evaluator:
     # --- what is answered ----------------------------------------------------------------------
 
     def _infer(self, evaluation: EvalConfig, engine: TaskInference, queries: _Queries) -> Tensor:
-        """Return the tasks [M, Q, R] that each method ranks first, repeated if it ranks fewer."""
+        """Return the tasks [M, Q, R] that each method ranks first, repeated if it ranks fewer.
+
+        They are on the CPU, wherever they were found.
+        """
         seen_QNP = self._pixels(queries.tasks_Q, queries.images_QG[:, : evaluation.batch])
         asked = Queries(engine, seen_QNP, evaluation.shortlist, evaluation.sketch)
         places = torch.arange(RANKED)
-        rankings = (ranked(asked, method) for method in evaluation.methods)
+        rankings = (ranked(asked, method).cpu() for method in evaluation.methods)
         return torch.stack([found[:, places % found.shape[1]] for found in rankings])
 
     def _count(
@@ -377,4 +414,5 @@ def _classes(engine: TaskInference, found_MQ: Tensor, images_QGP: Tensor) -> Ten
     queries = found_MQ.shape[1]
     pairs_MQ = found_MQ * queries + torch.arange(queries)
     distinct, which_MQ = torch.unique(pairs_MQ, return_inverse=True)
-    return engine.predict(distinct // queries, images_QGP[distinct % queries])[which_MQ]
+    asked = distinct.to(images_QGP.device)
+    return engine.predict(asked // queries, images_QGP[asked % queries]).cpu()[which_MQ]

@@ -12,10 +12,17 @@ from supsup.fields import with_values
 
 #: Tasks per block where the user leaves it open, by device.
 _BLOCK_SIZES = {"cpu": 10, "cuda": 250}
+#: The same with the general engine, where tasks go through ``vmap`` together; elsewhere 1.
+TOGETHER = 32
 
 
 def resolve(
-    config: RunConfig, *, device: str, native_bf16: bool, sparse: Collection[str]
+    config: RunConfig,
+    *,
+    device: str,
+    native_bf16: bool,
+    sparse: Collection[str] = (),
+    fused: bool = False,
 ) -> RunConfig:
     """Return the configuration with ``auto`` replaced by what the workers are.
 
@@ -25,9 +32,10 @@ def resolve(
         native_bf16: whether that device multiplies bf16 in hardware.
         sparse: the precisions in which the sparse engine can be had there; none if it doesn't pay
             for this data set.
+        fused: whether the fused engine can be had there.
 
     Raises:
-        ConfigError: if the sparse engine is asked for with a device it isn't made for.
+        ConfigError: if an engine is asked for with a device it isn't made for.
     """
     values: dict[str, Any] = {}
     if config.train.device == "auto":
@@ -40,22 +48,38 @@ def resolve(
     if train.engine == "auto" and special:
         values["train.engine"] = "general"
     elif train.engine == "auto":
-        values["train.engine"] = "sparse" if on_cpu and train.precision in sparse else "dense"
+        fast = "sparse" if train.precision in sparse else "dense"
+        values["train.engine"] = fast if on_cpu else "fused" if fused else "dense"
     elif train.engine != "general" and special:
         raise ConfigError(
             f"train.engine is {train.engine}, which is not made for {special}; set it to auto or "
             "general"
         )
-    elif train.engine == "sparse" and not on_cpu:
+    elif train.engine in _MADE_FOR and train.device != _MADE_FOR[train.engine]:
         raise ConfigError(
-            f"train.engine is sparse, which is made for CPUs, not {train.device}; set it to auto "
-            "or dense"
+            f"train.engine is {train.engine}, which is made for {_MADE_FOR[train.engine]}, not "
+            f"{train.device}; set it to auto or dense"
+        )
+    elif train.engine == "fused" and not fused:
+        raise ConfigError(
+            "train.engine is fused, but the workers lack Triton, a C compiler, or a GPU of compute "
+            "capability 8.0; install gcc there, or set it to auto"
         )
     if config.block_size == 0:
-        # On a CPU the general engine trains tasks one by one: together they gain nothing.
-        alone = on_cpu and values.get("train.engine", train.engine) == "general"
-        values["block_size"] = 1 if alone else _BLOCK_SIZES[train.device]
+        values["block_size"] = _BLOCK_SIZES[train.device]
+        if values.get("train.engine", train.engine) == "general":
+            values["block_size"] = 1 if trained_alone(with_values(config, values)) else TOGETHER
     return with_values(config, values)
+
+
+def trained_alone(config: RunConfig) -> bool:
+    """Say whether the general engine trains tasks one by one.
+
+    On a CPU they gain nothing together, convolutions not even on a GPU; and with transfer they
+    start from those before.
+    """
+    together = config.train.device == "cuda" and config.model.name in (*MLPS, "bnnet")
+    return not together or config.mask.transfer != "none"
 
 
 def needs_general(config: RunConfig) -> str:
@@ -74,6 +98,10 @@ def needs_general(config: RunConfig) -> str:
         "train.schedule cosine": config.train.schedule == "cosine",
     }
     return next((name for name, true in special.items() if true), "")
+
+
+#: The device that an engine is made for, if it is made for one.
+_MADE_FOR = {"sparse": "cpu", "fused": "cuda"}
 
 
 def is_auto(config: RunConfig) -> bool:

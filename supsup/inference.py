@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from supsup.answering import packed_masks
 from supsup.config import method_parts
 from supsup.errors import ConfigError
 from supsup.models import Layer
-from supsup.packed import MEMORY_BYTES, PackedMasks, packed_masks
+from supsup.packed import MEMORY_BYTES, PackedMasks
 
 #: Steps of the gradient descent on α, and its rate in standard deviations of the first gradient.
 _DESCENT_STEPS, _DESCENT_RATE = 8, 1.0
@@ -110,8 +111,10 @@ class TaskInference:
         self.masks = made(packed_TB, weights, layers, memory_bytes)
         self.asked = self.masks.first_layers(depth)
         self.classes = classes
+        self.device = packed_TB.device
         k = len(packed_TB)
-        self._superposed = self._superposition(torch.arange(k), self._uniform(k))
+        all_T = torch.arange(k, device=self.device)
+        self._superposed = self._superposition(all_T, self._uniform(k))
 
     def factors(self, images_QNP: Tensor, objective: str) -> Iterator[Tensor]:
         """Yield tiles of ``δ xᵀ ⊙ W`` [Q, W], the objective's mean over N images, at ``α = 1/k``.
@@ -150,14 +153,20 @@ class TaskInference:
 
     def predict(self, tasks_Q: Tensor, images_QNP: Tensor) -> Tensor:
         """Return the class [Q, N] that each query's images have under its task's mask."""
-        classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64)
-        for task, (chosen,) in by_task(tasks_Q):
-            logits = self.logits(task, images_QNP[chosen])
+        classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64, device=self.device)
+        rows_Q = torch.arange(len(tasks_Q), device=self.device)
+        for chosen, logits in self.runs(tasks_Q, rows_Q, images_QNP):
             classes_QN[chosen] = logits[..., : self.classes].argmax(-1)
         return classes_QN
 
+    def runs(
+        self, tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run masks on queries' images: see ``PackedMasks.runs``."""
+        return self.masks.runs(tasks_X, rows_X, images_QNP)
+
     def _uniform(self, k: int) -> Tensor:
-        return torch.full((k,), 1 / k, dtype=self.masks.dtype)
+        return torch.full((k,), 1 / k, dtype=self.masks.dtype, device=self.device)
 
     def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
         """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer."""
@@ -213,15 +222,6 @@ def fill_factors(
             delta = (delta @ superposition[i]) * (inputs[i] > 0)
 
 
-def by_task(tasks: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield every task in a tensor, ascending, with the places where it stands, per dimension."""
-    flat = tasks.flatten()
-    order = flat.argsort(stable=True)
-    found, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    for task, places in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
-        yield task, torch.unravel_index(places, tasks.shape)
-
-
 # --- algorithms ------------------------------------------------------------------------------
 
 
@@ -260,11 +260,13 @@ def shortlist(queries: Queries, objective: str) -> Tensor:
     gradients_QT = queries.gradients(objective)
     size = min(queries.shortlist, gradients_QT.shape[1])
     candidates_QK = gradients_QT.topk(size, dim=1, largest=False).indices.sort(1).values
-    entropy_QK = queries.images_QNP.new_empty(candidates_QK.shape)
-    for task, (rows, columns) in by_task(candidates_QK):
-        logits_QNS = queries.engine.logits(task, queries.images_QNP[rows])
-        entropy_QK[rows, columns] = entropy(logits_QNS).mean(1)
-    return candidates_QK.gather(1, _lowest(entropy_QK))
+    entropy_X = queries.images_QNP.new_empty(candidates_QK.numel())
+    rows_X = torch.arange(len(candidates_QK), device=entropy_X.device).repeat_interleave(size)
+    for pairs_Y, logits_YNS in queries.engine.runs(
+        candidates_QK.flatten(), rows_X, queries.images_QNP
+    ):
+        entropy_X[pairs_Y] = entropy(logits_YNS).mean(1)
+    return candidates_QK.gather(1, _lowest(entropy_X.view(candidates_QK.shape)))
 
 
 def sketch(queries: Queries, objective: str) -> Tensor:
@@ -321,7 +323,7 @@ def gradient_descent(queries: Queries, objective: str) -> Tensor:
     deviation; the first step alone ranks the tasks as one-shot does.
     """
     first_QT = queries.gradients(objective)
-    tasks_T = torch.arange(first_QT.shape[1])
+    tasks_T = torch.arange(first_QT.shape[1], device=first_QT.device)
     found = []
     for images_NP, gradient_T in zip(queries.images_QNP, first_QT, strict=True):
         scale = gradient_T.std(correction=0).clamp_min(torch.finfo(gradient_T.dtype).tiny)
@@ -353,7 +355,7 @@ def _run_all(queries: Queries, cost: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the tasks [Q, R] whose logits cost least, after all masks were run."""
     images_QNP = queries.images_QNP
     costs_QR = images_QNP.new_empty(len(images_QNP), 0)
-    tasks_QR = torch.empty(costs_QR.shape, dtype=torch.int64)
+    tasks_QR = torch.empty(costs_QR.shape, dtype=torch.int64, device=costs_QR.device)
     for task in range(len(queries.engine.masks)):
         cost_Q1 = cost(queries.engine.logits(task, images_QNP))[:, None]
         costs_QR = torch.cat([costs_QR, cost_Q1], 1)

@@ -23,10 +23,17 @@ ERDOS_RENYI_MOST = 0.5
 
 def initial_scores(root: int, task: int, layer: Layer) -> npt.NDArray[np.float32]:
     """Return the scores [O, I] that training starts from, uniform in ``±1/sqrt(fan_in)``."""
-    bound = np.float32(layer.inputs**-0.5)
-    stream = generator(root, "scores", task, layer.name)
-    uniform = stream.random((layer.outputs, layer.inputs), dtype=np.float32)
-    return (2 * uniform - 1) * bound
+    scores_OI = np.empty((layer.outputs, layer.inputs), np.float32)
+    draw_scores(root, task, layer, scores_OI)
+    return scores_OI
+
+
+def draw_scores(root: int, task: int, layer: Layer, out_OI: npt.NDArray[np.float32]) -> None:
+    """Write ``initial_scores`` where they belong."""
+    generator(root, "scores", task, layer.name).random(dtype=np.float32, out=out_OI)
+    out_OI *= 2
+    out_OI -= 1
+    out_OI *= np.float32(layer.inputs**-0.5)
 
 
 def budgets(mask: MaskConfig, layers: Sequence[Layer]) -> list[int]:
@@ -72,11 +79,16 @@ def largest(scores_TOI: Tensor, keep: int) -> Tensor:
     Scores that are not a number count as the largest.
     """
     sizes_TW = scores_TOI.detach().abs().flatten(1).nan_to_num(math.inf)
-    least_T1 = sizes_TW.kthvalue(sizes_TW.shape[1] - keep + 1, dim=1, keepdim=True).values
+    if sizes_TW.is_cuda:
+        # All of the GPU looks for it; kthvalue has one multiprocessor do so.
+        least_T1 = sizes_TW.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+    else:
+        least_T1 = sizes_TW.kthvalue(sizes_TW.shape[1] - keep + 1, dim=1, keepdim=True).values
     above_TW = sizes_TW > least_T1
     equal_TW = sizes_TW == least_T1
     wanted_T1 = keep - above_TW.sum(1, keepdim=True)
-    if bool((equal_TW.sum(1, keepdim=True) > wanted_T1).any()):
+    # Whether some are equal too many is seldom worth a GPU's wait for the answer.
+    if sizes_TW.is_cuda or bool((equal_TW.sum(1, keepdim=True) > wanted_T1).any()):
         equal_TW &= equal_TW.cumsum(1) <= wanted_T1
     return (above_TW | equal_TW).view(scores_TOI.shape)
 
@@ -88,11 +100,19 @@ def mask_bytes(layers: Sequence[Layer]) -> int:
 
 def pack(masks: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
     """Pack one boolean [T, O, I] per layer into uint8 [T, B], each layer from a fresh byte."""
+    if masks[0].is_cuda:
+        return torch.cat([pack_bits(mask_TOI.flatten(1)) for mask_TOI in masks], 1).cpu().numpy()
     rows = [
-        np.packbits(mask_TOI.flatten(1).cpu().numpy(), axis=1, bitorder=BIT_ORDER)
-        for mask_TOI in masks
+        np.packbits(mask_TOI.flatten(1).numpy(), axis=1, bitorder=BIT_ORDER) for mask_TOI in masks
     ]
     return np.concatenate(rows, axis=1)
+
+
+def pack_bits(bits_TW: Tensor) -> Tensor:
+    """Pack booleans [T, W] into uint8 [T, B] on their device."""
+    whole = torch.nn.functional.pad(bits_TW.byte(), (0, -bits_TW.shape[1] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=bits_TW.device)
+    return (whole.view(len(whole), -1, 8) << places).sum(-1, dtype=torch.uint8)
 
 
 def layer_slices(layers: Sequence[Layer]) -> Iterator[tuple[Layer, slice]]:

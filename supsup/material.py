@@ -4,8 +4,10 @@ Shapes: T tasks, N images, B images of a batch, P pixels, O outputs and I inputs
 """
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from torch import Tensor
 from supsup.config import MLPS, RunConfig
 from supsup.datasets import Dataset
 from supsup.errors import ConfigError
-from supsup.masking import initial_scores, make_masks, pack
+from supsup.masking import draw_scores, make_masks, pack
 from supsup.models import Layer, fixed_weights, make_layers
 from supsup.nets import Net, make_module
 from supsup.seeding import generator
@@ -26,6 +28,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEST_CHUNK = 1000
 #: Training batches that come from elsewhere and are made ready together, at most.
 BATCHES = 10
+#: Threads that draw scores for a GPU, at most.
+_DRAWERS = 8
 
 
 def layers_of(config: RunConfig, data: Dataset) -> tuple[Layer, ...]:
@@ -131,33 +135,52 @@ class Material:
         Where the engine permutes weights, the columns of the first layer are in each task's pixel
         order, so that they meet images whose pixels are not permuted.
         """
-        weights = [weight_OI.expand(len(tasks), -1, -1) for weight_OI in self.weights]
-        scores = [
-            torch.stack(
-                [torch.from_numpy(initial_scores(self.config.seed, t, layer)) for t in tasks]
-            )
-            for layer in self.layers
+        weights = [
+            weight_OI.to(self.device).expand(len(tasks), -1, -1) for weight_OI in self.weights
         ]
+        scores = [self._initial_scores(tasks, layer) for layer in self.layers]
         if not self._permuted:
             return weights, scores
-        orders = self._orders(tasks)
-        undone = [inverse(order) for order in orders]
-        return [_columns(weights[0], undone), *weights[1:]], [
-            _columns(scores[0], undone),
+        undone_TI = self._places([inverse(order) for order in self._orders(tasks)])
+        return [_columns(weights[0], undone_TI), *weights[1:]], [
+            _columns(scores[0], undone_TI),
             *scores[1:],
         ]
 
     def packed_masks(self, tasks: range, scores: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
         """Return the masks [T, bytes] of trained scores, in the order of the fixed weights."""
         first, *rest = make_masks(self.config.mask, self.layers, scores)
-        return pack([_columns(first, self._orders(tasks)) if self._permuted else first, *rest])
+        if self._permuted:
+            first = _columns(first, self._places(self._orders(tasks)))
+        return pack([first, *rest])
+
+    def _initial_scores(self, tasks: range, layer: Layer) -> Tensor:
+        """Return the scores [T, O, I] that a layer's training starts from, on the device."""
+        gpu = self.device.type == "cuda"
+        scores_TOI = torch.empty(len(tasks), layer.outputs, layer.inputs, pin_memory=gpu)
+        rows = scores_TOI.numpy()
+
+        def draw(row: int) -> None:
+            draw_scores(self.config.seed, tasks[row], layer, rows[row])
+
+        if gpu:
+            # A GPU would wait for one core longer than it trains.
+            with ThreadPoolExecutor(min(_DRAWERS, len(os.sched_getaffinity(0)))) as pool:
+                list(pool.map(draw, range(len(tasks))))
+        else:
+            for row in range(len(tasks)):
+                draw(row)
+        return scores_TOI.to(self.device, non_blocking=True)
+
+    def _places(self, orders: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+        """Return orders of pixels [T, I] on the device."""
+        return torch.from_numpy(np.stack(orders)).to(self.device)
 
     def _orders(self, tasks: range) -> list[npt.NDArray[np.int64]]:
         pixels = self.layers[0].inputs
         return [permutation(self.config.seed, task, pixels) for task in tasks]
 
 
-def _columns(matrices_TOI: Tensor, orders: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+def _columns(matrices_TOI: Tensor, places_TI: Tensor) -> Tensor:
     """Reorder the columns of each task's matrix by the task's order."""
-    pairs = zip(matrices_TOI, orders, strict=True)
-    return torch.stack([m_OI[:, torch.from_numpy(order)] for m_OI, order in pairs])
+    return matrices_TOI.gather(2, places_TI[:, None].expand(matrices_TOI.shape))

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from supsup.answering import packed_masks
 from supsup.inference import fill_factors, superposed
 from supsup.masking import mask_bytes
 from supsup.models import Layer
-from supsup.packed import PackedMasks, packed_masks
+from supsup.packed import PackedMasks
 
 #: Masks whose gradients are computed together; shards of a bank consist of whole pages.
 PAGE = 256

@@ -8,7 +8,7 @@ Shapes: T masks, K some of them, B bytes of a mask, W numbers per weight, Q quer
 decisions), N images per query, P pixels, O outputs and I inputs of a layer, S output neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from supsup.masking import unpack
 from supsup.material import as_tensor, net_of
 from supsup.models import Layer
 from supsup.nets import Net
-from supsup.packed import MEMORY_BYTES
+from supsup.packed import MEMORY_BYTES, by_task
 
 #: Images that go through one mask's network at once.
 _IMAGES = 256
@@ -57,7 +57,7 @@ class NetInference(TaskInference):
             net: the network.
             statistics_TS: the tasks' statistics of batch norm, of no width without batch norm.
         """
-        self._net, self._statistics_TS = net, statistics_TS.to(weights[0].dtype)
+        self._net, self._statistics_TS = net, statistics_TS.to(weights[0])
         super().__init__(packed_TB, weights, layers, classes, memory_bytes, depth, kernels=kernels)
 
     def logits(self, task: int, images: Tensor) -> Tensor:
@@ -70,6 +70,13 @@ class NetInference(TaskInference):
         with torch.no_grad():
             logits = [self._net.logits(weights, statistics, x, training=False) for x in parts]
         return torch.cat(logits).view(*images.shape[:-1], -1)
+
+    def runs(
+        self, tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``PackedMasks.runs``."""
+        for task, (pairs_Y,) in by_task(tasks_X):
+            yield pairs_Y, self.logits(task, images_QNP[rows_X[pairs_Y]])
 
     def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
         """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer, and the statistics ``Σ α_i s_i`` last."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from supsup.compiling import compiled, square_root
 from supsup.config import RunConfig
+from supsup.material import learning_rate
 
 _BETA1, _BETA2 = 0.9, 0.999
 
@@ -56,11 +57,28 @@ OPTIMIZERS: Mapping[str, Rule] = {"rmsprop": rmsprop, "adam": adam, "sgd": sgd}
 _KEEPS = {"rmsprop": (False, True), "adam": (True, True), "sgd": (True, False)}
 
 
+def rates(config: RunConfig) -> Tensor:
+    """Return, for every batch, the rate and what Adam divides by: [batches, 3]."""
+    rows = [
+        (
+            learning_rate(config, number),
+            1 - _BETA1 ** (number + 1),
+            math.sqrt(1 - _BETA2 ** (number + 1)),
+        )
+        for number in range(config.train.batches)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 class ScoreUpdate:
     """Updates the scores of some tasks, and what they keep, layer by layer."""
 
     def __init__(
-        self, config: RunConfig, weights: Sequence[Tensor], scores: Sequence[Tensor]
+        self,
+        config: RunConfig,
+        weights: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        rates_B3: Tensor,
     ) -> None:
         """Begin with nothing kept.
 
@@ -68,10 +86,12 @@ class ScoreUpdate:
             config: of the run.
             weights: fixed weights, [O, I] per layer.
             scores: of some tasks, [T, O, I] per layer; contiguous, updated in place.
+            rates_B3: see ``rates``.
         """
         train, mask = config.train, config.mask
         self._weights = [weight_OI.flatten() for weight_OI in weights]
         self._scores = [scores_TOI.view(len(scores_TOI), -1) for scores_TOI in scores]
+        self._rates_B3 = rates_B3.to(scores[0].device, scores[0].dtype)
         empty = torch.empty(0, device=scores[0].device)
         rooms = [
             [torch.zeros_like(scores_TW) if keeps else empty for scores_TW in self._scores]
@@ -85,24 +105,22 @@ class ScoreUpdate:
         )
 
     def __call__(
-        self, gradients: Sequence[Tensor], masked: Sequence[Tensor], rate: float, number: int
+        self, gradients: Sequence[Tensor], masked: Sequence[Tensor], number_1: Tensor
     ) -> None:
         """Update all scores by the gradients of the masked weights, straight through the mask.
 
         Args:
             gradients: of the masked weights, [T, O, I] per layer, or [O, I] of one task.
             masked: the masked weights, [T, O, I] per layer; with thresholds, made anew.
-            rate: the learning rate.
-            number: updates before this one.
+            number_1: updates before this one [1], on the scores' device.
         """
         scores = self._scores
-        bias = 1 - _BETA1 ** (number + 1), math.sqrt(1 - _BETA2 ** (number + 1))
-        rates = torch.tensor([rate, *bias], dtype=scores[0].dtype, device=scores[0].device)
+        rates_3 = self._rates_B3.index_select(0, number_1)[0]
         for i, (gradient_TOI, masked_TOI) in enumerate(zip(gradients, masked, strict=True)):
             tasks = len(scores[i])
             self._update(
                 gradient_TOI.reshape(tasks, -1), self._weights[i], scores[i], self._kept[i],
-                self._second[i], masked_TOI.view(tasks, -1), rates, *self._settings,
+                self._second[i], masked_TOI.view(tasks, -1), rates_3, *self._settings,
             )  # fmt: skip
 
 

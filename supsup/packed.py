@@ -3,7 +3,8 @@
 A mask is a string of bits, and every bit belongs to a weight; numbers per weight lie in vectors of
 as many entries, zero behind a layer's last weight. ``PackedMasks`` answers with torch on any device
 and in any precision, tile by tile; ``LookupMasks`` with C++ kernels in fp32 on a CPU with AVX-512
-(lookup.cpp) or AVX2 (lookup_avx2.cpp). Both are exact but for the order of additions.
+(lookup.cpp) or AVX2 (lookup_avx2.cpp). Both are exact but for the order of additions. On a GPU
+``DeviceMasks`` (supsup.device_masks) does, and ``packed_masks`` (supsup.answering) chooses.
 
 Shapes: T masks, B bytes of a mask, W = 8 B bits, Q queries, N images, O outputs and I inputs of a
 layer, C chunks of 1024 bits, G groups of 64 masks.
@@ -122,6 +123,21 @@ class PackedMasks:
         for i, (weight_OI, mask_1OI) in enumerate(zip(self.weights, masks, strict=True)):
             hidden = (hidden.relu() if i else hidden) @ (weight_OI * mask_1OI[0]).T
         return hidden
+
+    def runs(
+        self, tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run masks on images: yield some of the pairs, and their logits [Y, N, S], until all are.
+
+        Args:
+            tasks_X: the mask of each pair.
+            rows_X: the query whose images it is run on.
+            images_QNP: the images of the queries.
+        """
+        for task, (pairs_Y,) in by_task(tasks_X):
+            images_YNP = images_QNP[rows_X[pairs_Y]]
+            logits = self.logits(task, images_YNP.flatten(0, 1))
+            yield pairs_Y, logits.view(*images_YNP.shape[:-1], -1)
 
     @property
     def _vector(self) -> int:
@@ -338,12 +354,10 @@ def _spread(work: Callable[[int, int], None], parts: int) -> None:
         list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
-def packed_masks(
-    packed_TB: Tensor,
-    weights: Sequence[Tensor],
-    layers: Sequence[Layer],
-    memory_bytes: int = MEMORY_BYTES,
-) -> PackedMasks:
-    """Return the fastest way to answer about these masks here."""
-    cls = LookupMasks if LookupMasks.fits(packed_TB, weights[0].dtype) else PackedMasks
-    return cls(packed_TB, weights, layers, memory_bytes)
+def by_task(tasks: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield every task in a tensor, ascending, with the places where it stands, per dimension."""
+    flat = tasks.flatten()
+    order = flat.argsort(stable=True)
+    found, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    for task, places in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
+        yield task, torch.unravel_index(places, tasks.shape)

@@ -4,8 +4,9 @@ Permuting a task's pixels equals permuting the columns of its first layer,
 ``(x P) Wᵀ = x (W P⁻¹)ᵀ``. So tasks that are trained together share one batch of unpermuted images,
 each with its own permuted copy of the weights and scores; the mask is put back into the order of
 the weights when it is packed. What multiplies is an engine: ``dense`` (supsup.dense) anywhere,
-``sparse`` (supsup.sparse) where most pixels are background. Other networks, mask algorithms,
-optimisers and tasks are the ``general`` engine's (supsup.general), which permutes no weights.
+``sparse`` (supsup.sparse) where most pixels are background, ``fused`` (supsup.fused) on a GPU.
+Other networks, mask algorithms, optimisers and tasks are the ``general`` engine's (supsup.general),
+which permutes no weights.
 
 Shapes: T tasks, B images of a batch, S output neurons, C classes.
 """
@@ -25,7 +26,9 @@ from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.dense import DenseEngine
 from supsup.errors import NonFiniteLoss
+from supsup.fused import FusedEngine, fused_kernels_here
 from supsup.general import GeneralEngine, GeneralGroup
+from supsup.gpu import repeatable
 from supsup.identity import resolve
 from supsup.material import Material
 from supsup.sparse import SparseEngine, mostly_background, sparse_precisions
@@ -92,6 +95,7 @@ class ResumableEngine(Engine, Protocol):
 RESUMABLE_ENGINES: Mapping[str, Callable[[Material], ResumableEngine]] = {
     "dense": DenseEngine,
     "sparse": SparseEngine,
+    "fused": FusedEngine,
 }
 ENGINES: Mapping[str, Callable[[Material], Engine]] = {
     **RESUMABLE_ENGINES,
@@ -126,7 +130,13 @@ def resolve_here(config: RunConfig, data: Dataset) -> RunConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sparse = sparse_precisions() if device == "cpu" and mostly_background(data) else ()
-    return resolve(config, device=device, native_bf16=native_bf16(device), sparse=sparse)
+    return resolve(
+        config,
+        device=device,
+        native_bf16=native_bf16(device),
+        sparse=sparse,
+        fused=device == "cuda" and fused_kernels_here(),
+    )
 
 
 class BlockTrainer:
@@ -182,6 +192,10 @@ class BlockTrainer:
 
     def _train_group(self, tasks: range, group: TaskGroup) -> TrainedBlock:
         """Train tasks that are trained together; the time is not taken."""
+        with repeatable():
+            return self._trained(tasks, group)
+
+    def _trained(self, tasks: range, group: TaskGroup) -> TrainedBlock:
         batches = self.material.config.train.batches
         for number in range(batches):
             group.step(number)

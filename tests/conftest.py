@@ -27,6 +27,10 @@ from supsup.streams import Stream
 from supsup.train import BlockTrainer, TrainedBlock
 from tests.streaming import Recorder
 
+if not torch.cuda.is_available():
+    # Before Triton is imported, by torch.compile too: its interpreter runs the GPU's kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

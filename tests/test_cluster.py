@@ -237,10 +237,12 @@ def test_a_worker_that_shall_use_the_cpu_is_asked_about_the_cpu(monkeypatch):
     """A GPU multiplies bf16 where the processor beside it may not."""
     monkeypatch.setattr(clusters.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(clusters, "native_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr(clusters, "fused_kernels_here", lambda: True)
     assert clusters.this_machine().native_bf16
+    assert clusters.this_machine().fused
     assert clusters.this_machine("cuda").device == "cuda"
     found = clusters.this_machine("cpu")
-    assert (found.device, found.native_bf16) == ("cpu", False)
+    assert (found.device, found.native_bf16, found.fused) == ("cpu", False, False)
 
 
 TWICE = """

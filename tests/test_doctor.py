@@ -28,6 +28,7 @@ HERE = Node(
     driver="",
     native_bf16=True,
     sparse=["bf16", "fp32"],
+    fused=False,
     lookup=True,
     instructions=["avx2", "avx512_f"],
     compiler="/usr/bin/g++",

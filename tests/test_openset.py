@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from supsup.answering import packed_masks
 from supsup.apprentice import LocalTrainer, MaskState, initial_state, packed_mask
 from supsup.config import OpenSetConfig
 from supsup.fields import with_values
@@ -17,7 +18,7 @@ from supsup.material import layers_of
 from supsup.members import PAGE, LocalMembers, Superposition
 from supsup.models import fixed_weights, make_layers
 from supsup.openset import Existing, New, Step, Threshold, decide, margin
-from supsup.packed import PackedMasks, packed_masks
+from supsup.packed import PackedMasks
 from supsup.streams import Segment, Stream
 from tests.streaming import Recorder
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from supsup import native
+from supsup.answering import packed_masks
 from supsup.masking import pack
 from supsup.models import fixed_weights, make_layers
-from supsup.packed import KERNELS, LookupMasks, PackedMasks, packed_masks
+from supsup.packed import KERNELS, LookupMasks, PackedMasks
 
 LAYERS = make_layers("lenet-300-100", 21, 17)  # layers that don't end on a word, or a byte
 WEIGHTS = [torch.from_numpy(w) for w in fixed_weights(0, LAYERS)]

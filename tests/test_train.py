@@ -7,114 +7,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from supsup.datasets import load_dataset
 from supsup.errors import ConfigError, NonFiniteLoss
 from supsup.fields import with_values
-from supsup.masking import initial_scores, unpack
+from supsup.masking import unpack
 from supsup.material import batch_indices, layers_of, learning_rate
 from supsup.tasks import permutation
 from supsup.train import BlockTrainer
-
-
-class Threshold(torch.autograd.Function):
-    """A mask in the forward pass, straight through in the backward pass (paper, 3.1)."""
-
-    @staticmethod
-    def forward(ctx, scores):
-        return (scores >= 0).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Obvious:
-    """One task trained as everybody would write it: permuted pixels, autograd, torch's RMSprop."""
-
-    def __init__(self, trainer: BlockTrainer, task: int, dtype=torch.float32):
-        material = trainer.material
-        config, data = material.config, material.data
-        self.config = config
-        self.weights = [weight.to(dtype) for weight in material.weights]
-        self.scores = [
-            torch.from_numpy(initial_scores(config.seed, task, x)).to(dtype).requires_grad_()
-            for x in material.layers
-        ]
-        train = config.train
-        self.optimizer = torch.optim.RMSprop(
-            self.scores, train.learning_rate, train.alpha, train.epsilon
-        )
-        order = torch.from_numpy(permutation(config.seed, task, data.pixels))
-        pixels = torch.from_numpy(data.train_images).to(dtype)
-        self.images = ((pixels / data.scale - data.mean) / data.std)[:, order]
-        self.labels = torch.from_numpy(data.train_labels)
-        batches = batch_indices(config.seed, len(pixels), train.batch_size, train.batches)
-        self.batches = torch.from_numpy(batches)
-
-    def step(self, number: int) -> float:
-        hidden = self.images[self.batches[number]]
-        for i, (weight, score) in enumerate(zip(self.weights, self.scores, strict=True)):
-            hidden = (hidden.relu() if i else hidden) @ (weight * Threshold.apply(score)).T
-        loss = cross_entropy(hidden, self.labels[self.batches[number]])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, number)
-        self.optimizer.step()
-        return loss.item()
-
-
-def in_weight_order(trainer, task, layers_TOI, row) -> list[torch.Tensor]:
-    """One task's part [O, I] of every layer, columns as the fixed weights have them."""
-    first, *rest = [layer_TOI[row].clone() for layer_TOI in layers_TOI]
-    order = permutation(trainer.material.config.seed, task, first.shape[1])
-    return [first[:, torch.from_numpy(order)], *rest]
-
-
-def loss_of(group, number, row=0) -> float:
-    logits, labels = group.logits(number)
-    return cross_entropy(logits[row].float(), labels).item()
+from tests.obvious import Obvious, check_steps, in_weight_order, loss_of, noise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_fast_step_is_the_obvious_one(quick, digits, dtype):
-    """Step by step from the same state: losses, and how far each score moved."""
-    # Noise, not digits: hidden units seldom add up to exactly zero.
-    shape = digits.train_images.shape
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    trainer = BlockTrainer(quick, dataclasses.replace(digits, train_images=noise, scale=255.0))
-    tasks = range(2, 4)
-    group = trainer.engine.begin(tasks)
-    layers = group.layers
-    references = [Obvious(trainer, task, dtype) for task in tasks]
-
-    def state(flat):
-        by_layer = layers.by_layer(flat)
-        return [in_weight_order(trainer, task, by_layer, row) for row, task in enumerate(tasks)]
-
-    for number in range(5):
-        before, squares = state(layers.scores), state(layers.square_avg)
-        losses = [loss_of(group, number, row) for row in range(len(tasks))]
-        group.step(number)
-        after = state(layers.scores)
-        for row, reference in enumerate(references):
-            for score, old, square in zip(reference.scores, before[row], squares[row], strict=True):
-                score.data.copy_(old)
-                if number:
-                    reference.optimizer.state[score]["square_avg"].copy_(square)
-            assert losses[row] == pytest.approx(reference.step(number), rel=1e-5)
-            for i, (score, mine, old) in enumerate(
-                zip(reference.scores, after[row], before[row], strict=True)
-            ):
-                # RMSprop divides by the root of the mean square, so a gradient that is nothing
-                # but rounding moves its score by a whole step, of either sign.
-                real = score.grad.abs() > 1e-3 * score.grad.abs().max()
-                moved, expected = (mine - old)[real], (score.detach() - old)[real].float()
-                close = torch.isclose(moved, expected, rtol=1e-2, atol=1e-6).float().mean()
-                # A first hidden unit adds up whole numbers times one size of weight: some are
-                # exactly zero, and rounding decides whether their gradient is there.
-                assert close >= (0.98 if i == 0 else 1)
+    check_steps(BlockTrainer(quick, noise(digits)), dtype)
 
 
 def test_without_interference_the_fast_training_is_the_obvious_one(trainer, quick):
@@ -233,12 +138,3 @@ def test_batches_are_epochs_end_to_end():
 def test_there_must_be_an_output_per_class(quick, digits):
     with pytest.raises(ConfigError, match=r"model\.output_size is 9, must be at least 10"):
         layers_of(with_values(quick, {"model.output_size": 9}), digits)
-
-
-@pytest.mark.gpu
-def test_a_gpu_trains_the_same_accuracy(quick, digits):
-    values = {"train.device": "cuda", "train.engine": "dense", "train.batches": 150}
-    block = BlockTrainer(with_values(quick, values), digits).train(range(8))
-    again = BlockTrainer(with_values(quick, values), load_dataset("digits", None)).train(range(8))
-    np.testing.assert_array_equal(block.masks, again.masks)
-    assert block.gg_correct.mean() / len(digits.test_images) > 0.9

@@ -20,7 +20,8 @@ from torch.func import grad, vmap
 from supsup.baselines.network import Arrays, Network
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
-from supsup.inference import by_task, entropy
+from supsup.inference import entropy
+from supsup.packed import by_task
 
 #: Bytes of per-decision weight gradients at once.
 _GRADIENT_BYTES = 256 << 20

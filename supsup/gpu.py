@@ -1,0 +1,73 @@
+"""What GPUs need that processors don't: steps that are told once, and repeatable kernels."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from supsup.errors import SlowPath, one_line
+
+#: Steps taken one kernel after another, before they are recorded: libraries make ready.
+_WARM_STEPS = 3
+
+
+class Replayed:
+    """A step that is recorded as a CUDA graph, and then repeated by a single call.
+
+    Every number that differs between steps must lie on the device, where it always lies. What is
+    repeated computes what was recorded, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        """Record nothing yet."""
+        self._taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Take a step, the same each time."""
+        if self._graph is None and self._taken == _WARM_STEPS:
+            self._graph = _recorded(step)
+        self._taken += 1
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            _aside(step)
+
+
+def _aside(step: Callable[[], None]) -> None:
+    """Take a step on a stream of its own, as what is to be recorded must have been."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        warnings.warn(
+            "a training step can't be recorded as a CUDA graph, and is several times slower: "
+            f"{one_line(error, 120)}",
+            SlowPath,
+            stacklevel=2,
+        )
+        return None
+    return graph
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Have cuDNN give the same bits for the same numbers, and compute in the precision asked for.
+
+    Without it convolutions of fp32 are multiplied in TF32, and their gradients added up in any
+    order.
+    """
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        yield
