@@ -15,13 +15,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from supsup.feed import Batch, Feed
+from supsup.gpu import Replayed
 from supsup.material import TEST_CHUNK, Material, learning_rate
 
 #: What rows of numbers are made a multiple of, so that they are read 32 bytes at a time or more.
@@ -30,10 +31,38 @@ PADDING = 16
 _GPU_PART = 0.8
 #: Compute capability from which on the tensor cores multiply bf16.
 _CAPABLE = (8, 0)
-#: Tiles by the bytes of a number: images, outputs and inputs of a program, per kernel.
+
+
+class _Tile(NamedTuple):
+    """What a program of a kernel has: images, outputs and inputs, and warps to work on them."""
+
+    images: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+    def meta(self) -> dict[str, int]:
+        """Return what a launch is told."""
+        return {
+            "IMAGES": self.images, "OUTPUTS": self.outputs, "INPUTS": self.inputs,
+            "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+#: Tiles per kernel, by the bytes of a number. No kernel spills registers: of the update's tiles,
+#: 64 x 128 weights by 4 warps did, and took twice the time.
 _TILES = {
-    2: {"forward": (128, 64, 64), "propagate": (128, 64, 64), "update": (64, 64, 128)},
-    4: {"forward": (64, 64, 32), "propagate": (64, 32, 64), "update": (32, 64, 64)},
+    2: {
+        "forward": _Tile(128, 64, 64, 4, 3),
+        "propagate": _Tile(128, 64, 64, 4, 3),
+        "update": _Tile(128, 64, 64, 8, 2),
+    },
+    4: {
+        "forward": _Tile(64, 64, 32, 4, 3),
+        "propagate": _Tile(64, 32, 64, 4, 3),
+        "update": _Tile(32, 64, 64, 8, 2),
+    },
 }
 
 
@@ -106,8 +135,16 @@ class FusedGroup:
         self._layers = [
             _Layer(engine, *matrices) for matrices in zip(weights, scores, squares, strict=True)
         ]
-        self._outputs = self._room(material.config.train.batch_size)
-        self._deltas = self._room(material.config.train.batch_size)
+        size, device = material.config.train.batch_size, material.device
+        self._outputs, self._deltas = self._room(size), self._room(size)
+        # What a replayed step reads lies where it lay when the step was recorded.
+        pixels = _padded(material.data.pixels)
+        self._batch = (
+            torch.empty(size, pixels, dtype=material.dtype, device=device),
+            torch.empty(size, dtype=torch.int64, device=device),
+        )
+        self._number_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._replayed = Replayed() if device.type == "cuda" else None
 
     def step(self, number: int) -> None:
         """Train all tasks on a batch of the run's own order."""
@@ -115,7 +152,16 @@ class FusedGroup:
 
     def learn(self, batch: Batch, number: int) -> None:
         """Train all tasks on a batch, as their ``number``-th."""
-        x_BP, y_B = batch
+        for kept, new in zip(self._batch, batch, strict=True):
+            kept.copy_(new)
+        self._number_1.fill_(min(number, len(self._engine.rates) - 1))
+        if self._replayed is None:
+            self._take_step()
+        else:
+            self._replayed(self._take_step)
+
+    def _take_step(self) -> None:
+        x_BP, y_B = self._batch
         *inputs, logits_TBS = self._forward(x_BP, self._outputs)
         self._layers[-1].gradient_at_logits(logits_TBS, y_B)
         delta = logits_TBS
@@ -124,7 +170,7 @@ class FusedGroup:
             back = self._deltas[i - 1] if i else None
             if back is not None:
                 self._layers[i].propagate(delta, inputs[i], back)
-            self._layers[i].update(inputs[i], delta, number)
+            self._layers[i].update(inputs[i], delta, self._number_1)
             if back is not None:
                 delta = back
 
@@ -200,11 +246,11 @@ class _Layer:
     def forward(self, x: Tensor, out: Tensor, *, relu: bool) -> None:
         """Write the layer's output [T, B, O] for its input, [T, B, I] or [B, I]."""
         images = x.shape[-2]
-        b, o, i = self._engine.tiles["forward"]
-        grid = _parts(self.width, o), _parts(images, b), self._tasks
+        tile = self._engine.tiles["forward"]
+        grid = _parts(self.width, tile.outputs), _parts(images, tile.images), self._tasks
         self._kernels.forward_layer[grid](
             x, self._masked, out, images, self._outputs, self._inputs, self.width, _per_task(x),
-            RELU=relu, IMAGES=b, OUTPUTS=o, INPUTS=i,
+            RELU=relu, **tile.meta(),
         )  # fmt: skip
 
     def gradient_at_logits(self, logits_TBS: Tensor, y_B: Tensor) -> None:
@@ -217,24 +263,22 @@ class _Layer:
     def propagate(self, delta: Tensor, x: Tensor, back: Tensor) -> None:
         """Write the gradient at the layer's input."""
         images = delta.shape[1]
-        b, o, i = self._engine.tiles["propagate"]
-        grid = _parts(self._inputs, i), _parts(images, b), self._tasks
+        tile = self._engine.tiles["propagate"]
+        grid = _parts(self._inputs, tile.inputs), _parts(images, tile.images), self._tasks
         self._kernels.propagate[grid](
             delta, self._masked, x, back, images, self._outputs, self._inputs, self.width,
-            IMAGES=b, OUTPUTS=o, INPUTS=i,
+            **tile.meta(),
         )  # fmt: skip
 
-    def update(self, x: Tensor, delta: Tensor, number: int) -> None:
+    def update(self, x: Tensor, delta: Tensor, number_1: Tensor) -> None:
         """Update the scores, and the masked weights, by a batch's inputs and gradients."""
         images, train = delta.shape[1], self._engine.material.config.train
-        b, o, i = self._engine.tiles["update"]
-        grid = _parts(self._inputs, i), _parts(self._outputs, o), self._tasks
+        tile = self._engine.tiles["update"]
+        grid = _parts(self._inputs, tile.inputs), _parts(self._outputs, tile.outputs), self._tasks
         self._kernels.update_layer[grid](
             x, delta, self._weights, self.scores, self.second, self._masked, self._engine.rates,
-            min(number, len(self._engine.rates) - 1), images, self._outputs, self._inputs,
-            self.width, _per_task(x),
-            self._weights_task, train.alpha, 1 - train.alpha, train.epsilon,
-            IMAGES=b, OUTPUTS=o, INPUTS=i,
+            number_1, images, self._outputs, self._inputs, self.width, _per_task(x),
+            self._weights_task, train.alpha, 1 - train.alpha, train.epsilon, **tile.meta(),
         )  # fmt: skip
 
     def trimmed(self, matrices_TOI: Tensor) -> Tensor:

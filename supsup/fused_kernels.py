@@ -59,10 +59,11 @@ def cross_entropy_gradient(logits, labels, images, outputs, width, WIDTH: tl.con
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, WIDTH)
     place = logits + row * width + s
-    z = tl.load(place, mask=s < outputs, other=float("-inf")).to(tl.float32)
+    z = tl.load(place, mask=s < width, other=0.0).to(tl.float32)
+    z = tl.where(s < outputs, z, float("-inf"))
     e = tl.exp(z - tl.max(z, 0))
     true = s == tl.load(labels + row % images)
-    others = tl.where(true, 0.0, tl.math.div_rn(e, tl.sum(e, 0) + tl.zeros_like(e)))
+    others = tl.where(true, 0.0, e / tl.sum(e, 0))
     delta = tl.where(true, -tl.sum(others, 0), others)
     tl.store(place, delta.to(logits.dtype.element_ty), mask=s < width)
 
@@ -92,10 +93,13 @@ def propagate(
     sums = tl.zeros((IMAGES, INPUTS), tl.float32)
     for start in range(0, outputs, OUTPUTS):
         o = start + tl.arange(0, OUTPUTS)
-        there = o < outputs
-        d_BO = tl.load(rows + o[None, :], mask=(b < images)[:, None] & there[None, :], other=0.0)
+        d_BO = tl.load(
+            rows + o[None, :], mask=(b < images)[:, None] & (o < width)[None, :], other=0.0
+        )
         w_OI = tl.load(
-            columns + o[:, None] * inputs, mask=there[:, None] & (i < inputs)[None, :], other=0.0
+            columns + o[:, None] * inputs,
+            mask=(o < outputs)[:, None] & (i < inputs)[None, :],
+            other=0.0,
         )
         sums = tl.dot(d_BO, w_OI, sums, input_precision="ieee")
     inside = (b < images)[:, None] & (i < inputs)[None, :]
@@ -104,7 +108,7 @@ def propagate(
     tl.store(back + place, tl.where(active, sums, 0.0).to(back.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit
 def update_layer(
     x, delta, weights, scores, second, masked, rates, number, images, outputs, inputs, width,
     x_task, weights_task, alpha, rest, epsilon,
@@ -123,7 +127,7 @@ def update_layer(
         second: RMSprop's mean squares [T, O, I].
         masked: the masked weights [T, O, I].
         rates: the learning rate of every batch.
-        number: the batch.
+        number: where the batch's number is.
         images: B.
         outputs: O.
         inputs: I, padded.
@@ -139,27 +143,28 @@ def update_layer(
     i = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
     rows = delta + task * images * width + o[:, None]
     columns = x + task * x_task + i[None, :]
+    # They are under way while the gradient is added up.
+    inside = (o < outputs)[:, None] & (i < inputs)[None, :]
+    place = o[:, None] * inputs + i[None, :]
+    own = task * outputs * inputs
+    w = tl.load(weights + task * weights_task + place, mask=inside, other=0.0)
+    square = tl.load(second + own + place, mask=inside, other=0.0)
+    score = tl.load(scores + own + place, mask=inside, other=0.0)
     sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     for start in range(0, images, IMAGES):
         b = start + tl.arange(0, IMAGES)
         there = b < images
         d_OB = tl.load(
-            rows + b[None, :] * width, mask=(o < outputs)[:, None] & there[None, :], other=0.0
+            rows + b[None, :] * width, mask=(o < width)[:, None] & there[None, :], other=0.0
         )
         x_BI = tl.load(
             columns + b[:, None] * inputs, mask=there[:, None] & (i < inputs)[None, :], other=0.0
         )
         sums = tl.dot(d_OB, x_BI, sums, input_precision="ieee")
-    inside = (o < outputs)[:, None] & (i < inputs)[None, :]
-    place = o[:, None] * inputs + i[None, :]
-    own = task * outputs * inputs + place
-    w = tl.load(weights + task * weights_task + place, mask=inside, other=0.0)
     gradient = sums / images * w.to(tl.float32)
-    square = tl.load(second + own, mask=inside, other=0.0)
     square = alpha * square + rest * gradient * gradient
-    score = tl.load(scores + own, mask=inside, other=0.0)
-    rate = tl.load(rates + number)
-    score -= tl.math.div_rn(rate * gradient, tl.sqrt_rn(square) + epsilon)
-    tl.store(second + own, square, mask=inside)
-    tl.store(scores + own, score, mask=inside)
-    tl.store(masked + own, tl.where(score >= 0.0, w, tl.zeros_like(w)), mask=inside)
+    rate = tl.load(rates + tl.load(number))
+    score -= rate * gradient / (tl.sqrt(square) + epsilon)
+    tl.store(second + own + place, square, mask=inside)
+    tl.store(scores + own + place, score, mask=inside)
+    tl.store(masked + own + place, tl.where(score >= 0.0, w, tl.zeros_like(w)), mask=inside)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -45,9 +45,16 @@ def _aside(step: Callable[[], None]) -> None:
 
 
 def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """Record a step without taking it; None if it can't be.
+
+    As ``torch.cuda.graph`` does, which also empties torch's store of memory: that takes longer than
+    many steps.
+    """
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(stream), _capture(graph):
             step()
     except RuntimeError as error:
         warnings.warn(
@@ -58,6 +65,19 @@ def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         )
         return None
     return graph
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    graph.capture_begin()
+    try:
+        yield
+    except BaseException:
+        # What ends it says that it failed; why, the other error says.
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 @contextmanager

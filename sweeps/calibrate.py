@@ -56,15 +56,21 @@ def _seconds_per_batch(config: RunConfig, site: Site) -> float:
         group, batches = engine.begin(range(tasks)), config.train.batches
         for number in range(_WARM_STEPS):
             group.step(number % batches)
+        _finish(config)
         steps, started = 0, time.perf_counter()
         while time.perf_counter() - started < _TIMED_SECONDS:
             group.step(steps % batches)
             steps += 1
-        if config.train.device == "cuda":
-            torch.cuda.synchronize()
+        _finish(config)
         return (time.perf_counter() - started) / steps / tasks
     finally:
         torch.set_num_threads(threads)
+
+
+def _finish(config: RunConfig) -> None:
+    """Wait until a GPU has done what it was told."""
+    if config.train.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _seconds_of_one_mask(config: RunConfig, site: Site) -> float:
