@@ -148,20 +148,29 @@ class FusedGroup:
 
     def step(self, number: int) -> None:
         """Train all tasks on a batch of the run's own order."""
-        self.learn(self._engine.feed.training_batch(number), number)
-
-    def learn(self, batch: Batch, number: int) -> None:
-        """Train all tasks on a batch, as their ``number``-th."""
+        batch = self._engine.feed.training_batch(number)
+        if self._replayed is None:
+            self.learn(batch, number)
+            return
         for kept, new in zip(self._batch, batch, strict=True):
             kept.copy_(new)
-        self._number_1.fill_(min(number, len(self._engine.rates) - 1))
-        if self._replayed is None:
-            self._take_step()
-        else:
-            self._replayed(self._take_step)
+        self._set_number(number)
+        self._replayed(lambda: self._take_step(*self._batch))
 
-    def _take_step(self) -> None:
-        x_BP, y_B = self._batch
+    def learn(self, batch: Batch, number: int) -> None:
+        """Train all tasks on a batch, as their ``number``-th.
+
+        Nothing is recorded: where batches come from elsewhere, another thread makes them ready on
+        the GPU, and masks have few of them in a row.
+        """
+        self._set_number(number)
+        self._take_step(*batch)
+
+    def _set_number(self, number: int) -> None:
+        """Say where the rate is; behind the last batch it stays what it was."""
+        self._number_1.fill_(min(number, len(self._engine.rates) - 1))
+
+    def _take_step(self, x_BP: Tensor, y_B: Tensor) -> None:
         *inputs, logits_TBS = self._forward(x_BP, self._outputs)
         self._layers[-1].gradient_at_logits(logits_TBS, y_B)
         delta = logits_TBS
