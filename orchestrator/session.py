@@ -94,7 +94,7 @@ def evaluate(
     tracking_uri: str | None,
     reporter: Reporter,
 ) -> Outcome:
-    """Evaluate a run's bank again, without training.
+    """Evaluate a run's bank again, without training, on whatever the workers are.
 
     Args:
         where: the runs folder and the workers.
@@ -139,8 +139,9 @@ def evaluate(
         raise UserError(f"the data set is not the one that {name} was trained on; see --data-dir")
     with (
         locked(folder.path),
-        connect(where.address, where.workers, config.train.device) as cluster,
+        connect(where.address, where.workers, "auto") as cluster,
     ):
+        config = with_values(config, {"train.device": cluster.machine.device})
         task = RunWork(cluster, config, at, data, bank, folder, reporter, train=False)
         report_dir = folder.path / "report" / f"{config.scenario}-{folder_name(config.eval)}"
         with _naming_the_remedy("the same command"):

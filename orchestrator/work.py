@@ -96,7 +96,7 @@ class RunWork:
         train = self._config.train
         self._reporter.note(
             f"run {self._folder.name}: {self._config.tasks} tasks on {self._cluster.workers} "
-            f"workers ({train.device}, {train.precision})"
+            f"workers ({train.device}, {train.precision if self._train else 'fp32'})"
         )
         if self._config.scenario == "nns":
             return self._work_stream(store, launch, report_dir, started)

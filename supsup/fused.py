@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from supsup.feed import Batch, Feed
 from supsup.gpu import Replayed
-from supsup.material import TEST_CHUNK, Material, learning_rate
+from supsup.material import TEST_CHUNK, Material, learning_rates
 
 #: What rows of numbers are made a multiple of, so that they are read 32 bytes at a time or more.
 PADDING = 16
@@ -85,12 +85,11 @@ class FusedEngine:
         Raises:
             RuntimeError: if Triton isn't installed.
         """
-        self.material, config = material, material.config
+        self.material = material
         self.kernels = _kernels()
         self.feed = Feed(material, PADDING)
         self.tiles = _TILES[material.dtype.itemsize]
-        rates = [learning_rate(config, number) for number in range(config.train.batches)]
-        self.rates = torch.tensor(rates, device=material.device)
+        self.rates = learning_rates(material.config).to(material.device, torch.float32)
 
     @property
     def tasks_at_once(self) -> int:

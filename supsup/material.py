@@ -81,6 +81,13 @@ def learning_rate(config: RunConfig, batch: int) -> float:
     return config.train.learning_rate * falling[config.train.schedule]
 
 
+def learning_rates(config: RunConfig) -> Tensor:
+    """Return the rate at every batch, float64 [batches]."""
+    count = config.train.batches
+    rates = (learning_rate(config, batch) for batch in range(count))
+    return torch.from_numpy(np.fromiter(rates, np.float64, count))
+
+
 def as_tensor(array: npt.NDArray[np.generic]) -> Tensor:
     """Return a tensor on the same memory, never to be written to."""
     with warnings.catch_warnings():

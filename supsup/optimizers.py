@@ -7,16 +7,16 @@ Shapes: T tasks, W weights of a layer.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from supsup.compiling import compiled, square_root
 from supsup.config import RunConfig
-from supsup.material import learning_rate
+from supsup.material import learning_rates
 
 _BETA1, _BETA2 = 0.9, 0.999
 
@@ -59,15 +59,13 @@ _KEEPS = {"rmsprop": (False, True), "adam": (True, True), "sgd": (True, False)}
 
 def rates(config: RunConfig) -> Tensor:
     """Return, for every batch, the rate and what Adam divides by: [batches, 3]."""
-    rows = [
-        (
-            learning_rate(config, number),
-            1 - _BETA1 ** (number + 1),
-            math.sqrt(1 - _BETA2 ** (number + 1)),
-        )
-        for number in range(config.train.batches)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    count = config.train.batches
+    first, second = (
+        np.fromiter((1 - beta ** (number + 1) for number in range(count)), np.float64, count)
+        for beta in (_BETA1, _BETA2)
+    )
+    biases = torch.from_numpy(first), torch.from_numpy(np.sqrt(second))
+    return torch.stack([learning_rates(config), *biases], dim=1)
 
 
 class ScoreUpdate:

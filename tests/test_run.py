@@ -9,6 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from orchestrator.runfolder import Launch, RunFolder
+from supsup.bank import Bank
+from supsup.fields import with_values
+from supsup.manifest import make_manifest
 
 SUPSUP = str(Path(sys.executable).with_name("supsup"))
 QUICK = (
@@ -126,6 +132,21 @@ def test_stopped_says_how_to_go_on(tmp_path):
         assert commands[how].returncode == status
         assert f"go on with supsup resume {how.name}" in err
         assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is taken")
+def test_a_bank_of_a_gpu_is_evaluated_on_the_cores(tmp_path, quick, digits, trained):
+    values = {"train.device": "cuda", "train.engine": "fused", "train.precision": "bf16"}
+    config = with_values(quick, values)
+    (tmp_path / "runs").mkdir()
+    folder = RunFolder(tmp_path / "runs", "gpu")
+    Bank.create(folder.path, make_manifest(config, digits)).commit(trained)
+    folder.write_launch(
+        Launch(recipe="permuted-digits", config=config, data_dir="", tracking_uri=None)
+    )
+    done = supsup(tmp_path, "eval", "gpu", "--eval.methods=h-one-shot", "--workers=1", "--at=8")
+    assert "8 tasks on 1 workers (cpu, fp32)" in done.stderr
+    assert "8 learned" in done.stdout
 
 
 @pytest.mark.slow
