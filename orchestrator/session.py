@@ -6,7 +6,7 @@ Everything that a user can get wrong is checked before anything is written.
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,12 @@ def run(where: Where, launch: Launch, name: str | None, reporter: Reporter) -> O
     if name is not None and not is_auto(config):
         # All that is needed to refuse another configuration, before Ray starts.
         _folder(where.runs_dir, name, launch.recipe, make_manifest(config, data))
-    with connect(where.address, where.workers, config.train.device) as cluster:
-        config = resolve_on(cluster.machine, config, data)
+    with ExitStack() as ending:
+        with _saying_what_the_bank_needs(config):
+            cluster = ending.enter_context(
+                connect(where.address, where.workers, config.train.device)
+            )
+            config = resolve_on(cluster.machine, config, data)
         manifest = make_manifest(config, data)
         folder = _folder(where.runs_dir, name, launch.recipe, manifest)
         _make(folder)
@@ -146,6 +150,21 @@ def evaluate(
         report_dir = folder.path / "report" / f"{config.scenario}-{folder_name(config.eval)}"
         with _naming_the_remedy("the same command"):
             return task.work(stock, store, launch, report_dir, started)
+
+
+@contextmanager
+def _saying_what_the_bank_needs(config: RunConfig) -> Iterator[None]:
+    """Replace the remedy where all is settled already, and other workers the only way."""
+    try:
+        yield
+    except UserError as error:
+        train = config.train
+        if train.device != "cuda" or is_auto(config):
+            raise
+        raise type(error)(
+            f"{str(error).partition(';')[0]}; these masks are trained on GPUs, by the "
+            f"{train.engine} engine: go on where that can be had, or begin another run"
+        ) from None
 
 
 def _make(folder: RunFolder) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from supsup.compiling import compiled, square_root
 from supsup.feed import Batch, Feed
+from supsup.gpu import free_memory
 from supsup.material import TEST_CHUNK, Material, learning_rate
 
 #: Tasks trained together on a CPU. More share their batches and overhead, fewer the cache.
@@ -49,7 +50,7 @@ class DenseEngine:
         material = self.material
         if material.device.type == "cpu":
             return CPU_TASKS
-        free, _ = torch.cuda.mem_get_info(material.device)
+        free = free_memory(material.device)
         size, batch = material.dtype.itemsize, material.config.train.batch_size
         weights = sum(layer.weights for layer in material.layers) * (3 * size + 2 * 4)
         neurons = sum(layer.outputs for layer in material.layers) * size * (2 * batch + TEST_CHUNK)

@@ -97,8 +97,11 @@ class DeviceMasks(PackedMasks):
 
     @cached_property
     def _whole(self) -> Tensor:
-        parts = torch.split(self.packed_TB, self._tile())
-        return torch.cat([self._bits(packed_KB) for packed_KB in parts])
+        bits_TW = self.packed_TB.new_empty(len(self), self.bits, dtype=torch.bfloat16)
+        for start in range(0, len(self), self._tile()):
+            tile = slice(start, start + self._tile())
+            bits_TW[tile] = self._bits(self.packed_TB[tile])
+        return bits_TW
 
     def changed(self, task: int) -> None:
         """See ``PackedMasks.changed``."""

@@ -180,9 +180,10 @@ class Evaluator:
         self._layers = layers_of(config, data)
         self._family = task_family(config, data)
         on_gpu = config.train.device == "cuda" and torch.cuda.is_available()
-        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        """Where images and masks are."""
         self._weights = [
-            torch.from_numpy(weight_OI).to(self._device)
+            torch.from_numpy(weight_OI).to(self.device)
             for weight_OI in fixed_weights(config.seed, self._layers)
         ]
         self._engines: dict[tuple[int, int, int], TaskInference] = {}
@@ -242,7 +243,7 @@ class Evaluator:
 
     def given(self, masks_KB: npt.NDArray[np.uint8], tasks: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return how many test images [K] each mask has right, given the task that it is asked."""
-        masks = packed_masks(as_tensor(masks_KB).to(self._device), self._weights, self._layers)
+        masks = packed_masks(as_tensor(masks_KB).to(self.device), self._weights, self._layers)
         correct = []
         for mask, task in enumerate(tasks):
             labels_N = self._family.test_labels(task)
@@ -266,11 +267,12 @@ class Evaluator:
             if masks_TB.shape[1] != bytes_needed or len(masks_TB) < learned:
                 raise ValueError(f"masks are {masks_TB.shape}, not {learned} x {bytes_needed}")
             # One superposition at a time: checkpoints are evaluated in turn.
+            self._engines = {}
             self._engines = {
                 key: make_inference(
                     self._config,
                     self._data,
-                    as_tensor(masks_TB[:learned]).to(self._device),
+                    as_tensor(masks_TB[:learned]).to(self.device),
                     self._weights,
                     self._layers,
                     self._family.classes,
@@ -287,9 +289,9 @@ class Evaluator:
         On a GPU more, for it has no other use: of all its memory, so that they are always as many.
         """
         least = evaluation.memory_mb << 20
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return least
-        return max(least, torch.cuda.mem_get_info(self._device)[1] // _GPU_PART)
+        return max(least, torch.cuda.mem_get_info(self.device)[1] // _GPU_PART)
 
     # --- what is asked -------------------------------------------------------------------------
 
@@ -342,7 +344,7 @@ class Evaluator:
         for task in np.unique(tasks_Q):
             mine_Q = tasks_Q == task
             pixels_QNP[mine_Q] = self._family.test_images(int(task), images_QN[mine_Q])
-        pixels = torch.from_numpy(pixels_QNP).to(self._device)
+        pixels = torch.from_numpy(pixels_QNP).to(self.device)
         return (pixels.float() / data.scale - data.mean) / data.std
 
     def _labels(

@@ -2,7 +2,8 @@
 
 A weight's gradient is used where it is computed: the kernel that adds it up over the batch updates
 the score by RMSprop, and writes the new masked weight. What a step moves is then about the state
-itself, which bounds it: 20 bytes per weight. Images are shared by the tasks as in supsup.dense.
+itself, which bounds it: 22 bytes per weight in bf16. Images are shared by the tasks as in
+supsup.dense.
 
 A task's masks don't depend on which tasks share a launch; matrix products of a library do, for it
 chooses its kernels by their number.
@@ -13,7 +14,9 @@ Shapes: T tasks, B images of a batch, P pixels, O outputs and I inputs of a laye
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from supsup.feed import Batch, Feed
-from supsup.gpu import Replayed
+from supsup.gpu import Recording, Replayed, free_memory
 from supsup.material import TEST_CHUNK, Material, learning_rates
 
 #: What rows of numbers are made a multiple of, so that they are read 32 bytes at a time or more.
@@ -31,6 +34,8 @@ PADDING = 16
 _GPU_PART = 0.8
 #: Compute capability from which on the tensor cores multiply bf16.
 _CAPABLE = (8, 0)
+#: Products are added unrounded; Triton's default changes between versions, and masks with it.
+_ROUNDING = {"enable_fp_fusion": True}
 
 
 class _Tile(NamedTuple):
@@ -46,7 +51,7 @@ class _Tile(NamedTuple):
         """Return what a launch is told."""
         return {
             "IMAGES": self.images, "OUTPUTS": self.outputs, "INPUTS": self.inputs,
-            "num_warps": self.warps, "num_stages": self.stages,
+            "num_warps": self.warps, "num_stages": self.stages, **_ROUNDING,
         }  # fmt: skip
 
 
@@ -71,8 +76,11 @@ def fused_kernels_here() -> bool:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _CAPABLE:
         return False
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(
-        shutil.which(name) for name in compilers if name
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return (
+        importlib.util.find_spec("triton") is not None
+        and headers.exists()
+        and any(shutil.which(name) for name in compilers if name)
     )
 
 
@@ -89,13 +97,14 @@ class FusedEngine:
         self.kernels = _kernels()
         self.feed = Feed(material, PADDING)
         self.tiles = _TILES[material.dtype.itemsize]
+        self.recording = Recording(allocates=False)
         self.rates = learning_rates(material.config).to(material.device, torch.float32)
 
     @property
     def tasks_at_once(self) -> int:
         """Tasks that ``begin`` should be given at most."""
         material = self.material
-        free, _ = torch.cuda.mem_get_info(material.device)
+        free = free_memory(material.device)
         size, batch = material.dtype.itemsize, material.config.train.batch_size
         # Beside scores, mean squares and both kinds of weights: scores as they are drawn.
         weights = sum(layer.weights for layer in material.layers) * (2 * size + 4 * 4)
@@ -135,15 +144,12 @@ class FusedGroup:
             _Layer(engine, *matrices) for matrices in zip(weights, scores, squares, strict=True)
         ]
         size, device = material.config.train.batch_size, material.device
-        self._outputs, self._deltas = self._room(size), self._room(size)
-        # What a replayed step reads lies where it lay when the step was recorded.
-        pixels = _padded(material.data.pixels)
-        self._batch = (
-            torch.empty(size, pixels, dtype=material.dtype, device=device),
-            torch.empty(size, dtype=torch.int64, device=device),
-        )
+        self._outputs = self._room(size, self._layers)
+        self._deltas = self._room(size, self._layers[:-1])
         self._number_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._replayed = Replayed() if device.type == "cuda" else None
+        self._replayed = Replayed(engine.recording) if device.type == "cuda" else None
+        # What a replayed step reads lies where it lay when the step was recorded.
+        self._batch: Batch | None = None
 
     def step(self, number: int) -> None:
         """Train all tasks on a batch of the run's own order."""
@@ -151,17 +157,25 @@ class FusedGroup:
         if self._replayed is None:
             self.learn(batch, number)
             return
-        for kept, new in zip(self._batch, batch, strict=True):
+        if self._batch is None:
+            self._batch = batch
+        lasting = self._batch
+        for kept, new in zip(lasting, batch, strict=True):
             kept.copy_(new)
         self._set_number(number)
-        self._replayed(lambda: self._take_step(*self._batch))
+        self._replayed(lambda: self._take_step(*lasting))
 
     def learn(self, batch: Batch, number: int) -> None:
         """Train all tasks on a batch, as their ``number``-th.
 
         Nothing is recorded: where batches come from elsewhere, another thread makes them ready on
         the GPU, and masks have few of them in a row.
+
+        Raises:
+            ValueError: if the batch isn't of the run's size.
         """
+        if len(batch[1]) != self._engine.material.config.train.batch_size:
+            raise ValueError(f"the batch has {len(batch[1])} images")
         self._set_number(number)
         self._take_step(*batch)
 
@@ -192,7 +206,7 @@ class FusedGroup:
         outputs: list[Tensor] = []
         for x_BP, y_B in self._engine.feed.test_batches():
             if not outputs or outputs[0].shape[1] != len(y_B):
-                outputs = self._room(len(y_B))
+                outputs = self._room(len(y_B), self._layers)
             yield self._logits(x_BP, outputs), y_B
 
     def scores(self) -> list[Tensor]:
@@ -215,13 +229,13 @@ class FusedGroup:
             acts.append(out)
         return acts
 
-    def _room(self, images: int) -> list[Tensor]:
-        """Return room for every layer's output [T, B, O]."""
+    def _room(self, images: int, layers: Sequence["_Layer"]) -> list[Tensor]:
+        """Return room for the outputs [T, B, O] of some layers."""
         material = self._engine.material
         shape = self._tasks, images
         return [
             torch.empty(*shape, layer.width, dtype=material.dtype, device=material.device)
-            for layer in self._layers
+            for layer in layers
         ]
 
 
@@ -264,9 +278,11 @@ class _Layer:
     def gradient_at_logits(self, logits_TBS: Tensor, y_B: Tensor) -> None:
         """Replace the logits by the gradient of the cross-entropy, summed over the batch."""
         width = 1 << (self.width - 1).bit_length()
+        warps = min(16, max(4, width // 1024))
         self._kernels.cross_entropy_gradient[(self._tasks * len(y_B),)](
-            logits_TBS, y_B, len(y_B), self._outputs, self.width, WIDTH=width
-        )
+            logits_TBS, y_B, len(y_B), self._outputs, self.width,
+            WIDTH=width, num_warps=warps, **_ROUNDING,
+        )  # fmt: skip
 
     def propagate(self, delta: Tensor, x: Tensor, back: Tensor) -> None:
         """Write the gradient at the layer's input."""
@@ -316,5 +332,11 @@ def _per_task(x: Tensor) -> int:
 
 def _kernels() -> Any:
     """Return the module of the kernels; Triton takes a while to load."""
-    module: ModuleType = importlib.import_module("supsup.fused_kernels")
+    try:
+        module: ModuleType = importlib.import_module("supsup.fused_kernels")
+    except ImportError as error:
+        raise RuntimeError(
+            f"train.engine is fused, but this machine lacks Triton ({error}); give every node the "
+            "same, or set train.engine to dense"
+        ) from error
     return module

@@ -32,7 +32,7 @@ def forward_layer(
     task = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    rows = x + task * x_task + b[:, None] * inputs
+    rows = x + task * x_task + b[:, None].to(tl.int64) * inputs
     columns = masked + task * outputs * inputs + o[None, :] * inputs
     sums = tl.zeros((IMAGES, OUTPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
@@ -44,8 +44,9 @@ def forward_layer(
         )
         sums = tl.dot(x_BI, w_IO, sums, input_precision="ieee")
     if RELU:
-        sums = tl.maximum(sums, 0.0)
-    place = out + task * images * width + b[:, None] * width + o[None, :]
+        # What is not a number must stay so, that it is found.
+        sums = tl.where(sums < 0.0, 0.0, sums)
+    place = out + (task * images + b[:, None]) * width + o[None, :]
     inside = (b < images)[:, None] & (o < width)[None, :]
     tl.store(place, sums.to(out.dtype.element_ty), mask=inside)
 
@@ -88,7 +89,7 @@ def propagate(
     task = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
     i = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
-    rows = delta + task * images * width + b[:, None] * width
+    rows = delta + (task * images + b[:, None]) * width
     columns = masked + task * outputs * inputs + i[None, :]
     sums = tl.zeros((IMAGES, INPUTS), tl.float32)
     for start in range(0, outputs, OUTPUTS):
@@ -103,7 +104,7 @@ def propagate(
         )
         sums = tl.dot(d_BO, w_OI, sums, input_precision="ieee")
     inside = (b < images)[:, None] & (i < inputs)[None, :]
-    place = task * images * inputs + b[:, None] * inputs + i[None, :]
+    place = (task * images + b[:, None]) * inputs + i[None, :]
     active = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) > 0.0
     tl.store(back + place, tl.where(active, sums, 0.0).to(back.dtype.element_ty), mask=inside)
 
@@ -152,7 +153,7 @@ def update_layer(
     score = tl.load(scores + own + place, mask=inside, other=0.0)
     sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     for start in range(0, images, IMAGES):
-        b = start + tl.arange(0, IMAGES)
+        b = (start + tl.arange(0, IMAGES)).to(tl.int64)
         there = b < images
         d_OB = tl.load(
             rows + b[None, :] * width, mask=(o < width)[:, None] & there[None, :], other=0.0

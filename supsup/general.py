@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional
 
-from supsup.gpu import Replayed
+from supsup.gpu import Recording, Replayed
 from supsup.identity import TOGETHER, trained_alone
 from supsup.masking import make_masks
 from supsup.material import TEST_CHUNK, Material, net_of
@@ -46,6 +46,7 @@ class GeneralEngine:
         #: Whether every task is trained by itself: then nothing goes through vmap.
         self.alone = trained_alone(material.config)
         self.rates = rates(material.config)
+        self.recording = Recording(allocates=True)
 
     @property
     def tasks_at_once(self) -> int:
@@ -93,7 +94,7 @@ class GeneralGroup:
         self._update = ScoreUpdate(material.config, engine.weights, self._scores, engine.rates)
         self._masked = [torch.empty_like(part, dtype=material.dtype) for part in self._scores]
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
-        self._replayed = Replayed() if on_gpu else None
+        self._replayed = Replayed(engine.recording) if on_gpu else None
         # One task's gradients come as matrices that lie together if it isn't one of several.
         self._alone = engine.alone and len(tasks) == 1
         parts = [part[0] for part in self._masked] if self._alone else self._masked

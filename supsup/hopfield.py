@@ -56,7 +56,8 @@ def storkey(weights_DD: Tensor, pattern_D: Tensor) -> Tensor:
     x_D, size = pattern_D, len(pattern_D)
     field_D = weights_DD @ x_D
     cross_DD = torch.outer(x_D, field_D)
-    change_DD = torch.outer(x_D, x_D) - cross_DD - cross_DD.T + 2 * weights_DD
+    # Added first, the two are symmetric to the last bit.
+    change_DD = torch.outer(x_D, x_D) - (cross_DD + cross_DD.T) + 2 * weights_DD
     return (weights_DD + change_DD / size).fill_diagonal_(0)
 
 

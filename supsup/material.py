@@ -3,6 +3,8 @@
 Shapes: T tasks, N images, B images of a batch, P pixels, O outputs and I inputs of a layer.
 """
 
+import functools
+import itertools
 import math
 import os
 import warnings
@@ -28,8 +30,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEST_CHUNK = 1000
 #: Training batches that come from elsewhere and are made ready together, at most.
 BATCHES = 10
-#: Threads that draw scores for a GPU, at most.
-_DRAWERS = 8
+#: Threads that draw scores for a GPU, at most, and tasks whose scores are drawn together.
+_DRAWERS, _DRAWN = 8, 32
 
 
 def layers_of(config: RunConfig, data: Dataset) -> tuple[Layer, ...]:
@@ -163,21 +165,22 @@ class Material:
 
     def _initial_scores(self, tasks: range, layer: Layer) -> Tensor:
         """Return the scores [T, O, I] that a layer's training starts from, on the device."""
-        gpu = self.device.type == "cuda"
-        scores_TOI = torch.empty(len(tasks), layer.outputs, layer.inputs, pin_memory=gpu)
-        rows = scores_TOI.numpy()
-
-        def draw(row: int) -> None:
-            draw_scores(self.config.seed, tasks[row], layer, rows[row])
-
-        if gpu:
-            # A GPU would wait for one core longer than it trains.
-            with ThreadPoolExecutor(min(_DRAWERS, len(os.sched_getaffinity(0)))) as pool:
-                list(pool.map(draw, range(len(tasks))))
-        else:
-            for row in range(len(tasks)):
-                draw(row)
-        return scores_TOI.to(self.device, non_blocking=True)
+        shape = len(tasks), layer.outputs, layer.inputs
+        scores_TOI = torch.empty(shape, device=self.device)
+        if self.device.type == "cpu":
+            for task, scores_OI in zip(tasks, scores_TOI.numpy(), strict=True):
+                draw_scores(self.config.seed, task, layer, scores_OI)
+            return scores_TOI
+        # A GPU would wait for one core longer than it trains.
+        with ThreadPoolExecutor(min(_DRAWERS, len(os.sched_getaffinity(0)))) as pool:
+            for start in range(0, len(tasks), _DRAWN):
+                part = slice(start, start + _DRAWN)
+                drawn_KOI = torch.empty(len(tasks[part]), *shape[1:], pin_memory=True)
+                draw = functools.partial(draw_scores, self.config.seed)
+                layers = itertools.repeat(layer)
+                list(pool.map(draw, tasks[part], layers, drawn_KOI.numpy()))
+                scores_TOI[part].copy_(drawn_KOI, non_blocking=True)
+        return scores_TOI
 
     def _places(self, orders: Sequence[npt.NDArray[np.int64]]) -> Tensor:
         """Return orders of pixels [T, I] on the device."""

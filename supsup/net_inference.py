@@ -22,7 +22,7 @@ from supsup.masking import unpack
 from supsup.material import as_tensor, net_of
 from supsup.models import Layer
 from supsup.nets import Net
-from supsup.packed import MEMORY_BYTES, by_task
+from supsup.packed import MEMORY_BYTES, one_by_one
 
 #: Images that go through one mask's network at once.
 _IMAGES = 256
@@ -75,8 +75,7 @@ class NetInference(TaskInference):
         self, tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``PackedMasks.runs``."""
-        for task, (pairs_Y,) in by_task(tasks_X):
-            yield pairs_Y, self.logits(task, images_QNP[rows_X[pairs_Y]])
+        return one_by_one(self.logits, tasks_X, rows_X, images_QNP)
 
     def _superposition(self, tasks_K: Tensor, alpha_K: Tensor) -> list[Tensor]:
         """Return ``W ⊙ Σ α_i M_i`` [O, I] per layer, and the statistics ``Σ α_i s_i`` last."""

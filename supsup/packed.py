@@ -134,10 +134,11 @@ class PackedMasks:
             rows_X: the query whose images it is run on.
             images_QNP: the images of the queries.
         """
-        for task, (pairs_Y,) in by_task(tasks_X):
-            images_YNP = images_QNP[rows_X[pairs_Y]]
-            logits = self.logits(task, images_YNP.flatten(0, 1))
-            yield pairs_Y, logits.view(*images_YNP.shape[:-1], -1)
+
+        def logits(task: int, images_YNP: Tensor) -> Tensor:
+            return self.logits(task, images_YNP.flatten(0, 1)).view(*images_YNP.shape[:-1], -1)
+
+        yield from one_by_one(logits, tasks_X, rows_X, images_QNP)
 
     @property
     def _vector(self) -> int:
@@ -352,6 +353,14 @@ def _spread(work: Callable[[int, int], None], parts: int) -> None:
     bounds = [parts * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def one_by_one(
+    logits: Callable[[int, Tensor], Tensor], tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Do what ``PackedMasks.runs`` does, given what runs one mask on images [Y, N, P]."""
+    for task, (pairs_Y,) in by_task(tasks_X):
+        yield pairs_Y, logits(task, images_QNP[rows_X[pairs_Y]])
 
 
 def by_task(tasks: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

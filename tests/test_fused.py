@@ -1,10 +1,12 @@
 """The fused engine on the CPU, by Triton's interpreter; tests/test_gpu.py has it on a GPU."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from supsup.errors import ConfigError
+from supsup.errors import ConfigError, NonFiniteLoss
 from supsup.fields import with_values
 from supsup.fused import FusedEngine
 from supsup.identity import resolve
@@ -47,18 +49,30 @@ def test_a_task_does_not_depend_on_those_beside_it(fused, small, digits):
 
 
 def test_training_goes_on_from_what_it_left(fused, small, digits):
-    """As an open-set learner's does; behind the last batch the rate stays what it was."""
-    trainer = fused(with_values(small, {"train.schedule": "constant"}), digits)
-    batch = trainer.engine.feed.training_batch(0)
+    """As an open-set learner's does; behind the last batch the rate stays what it was there."""
+    trainer = fused(small, digits)
+    batch, last = trainer.engine.feed.training_batch(0), small.train.batches - 1
     straight, begun = (trainer.engine.begin(range(1)) for _ in range(2))
     straight.learn(batch, 0)
-    straight.learn(batch, 7)
+    straight.learn(batch, last)
     begun.learn(batch, 0)
     weights, _ = trainer.material.initial_state(range(1))
     going_on = trainer.engine.resume(weights, begun.scores(), begun.square_avgs())
-    going_on.learn(batch, 7)
+    going_on.learn(batch, last + 4)
     for mine, expected in zip(going_on.scores(), straight.scores(), strict=True):
         assert torch.equal(mine, expected)
+    with pytest.raises(ValueError, match="the batch has 7 images"):
+        going_on.learn((batch[0][:7], batch[1][:7]), 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_finite_is_found(fused, small, digits):
+    """Behind a ReLU too: a maximum with zero would make zero of it."""
+    broken = dataclasses.replace(digits, std=1e-39)
+    trainer = fused(with_values(small, {"train.batches": 2}), broken)
+    group = trainer.engine.begin(range(4, 5))
+    with pytest.raises(NonFiniteLoss, match="task 4"):
+        trainer._train_group(range(4, 5), group)
 
 
 def test_test_images_are_all_seen(fused, small, digits):

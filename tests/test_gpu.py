@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from supsup import general
+from supsup import fused, general
 from supsup.bank import Bank
+from supsup.baselines.asking import make_learner
 from supsup.datasets import Dataset
+from supsup.errors import NonFiniteLoss
 from supsup.evaluate import Evaluator
 from supsup.fields import with_values
 from supsup.gpu import Replayed
@@ -131,6 +133,35 @@ def test_a_replayed_step_is_the_step(small_net, pictures, monkeypatch):
     np.testing.assert_array_equal(replayed.loss, told.loss)
 
 
+def test_replayed_kernels_are_the_kernels(quick, digits, monkeypatch):
+    config = on_gpu(quick, digits, **{"train.batches": 30})
+    replayed = BlockTrainer(config, digits).train(range(3))
+
+    class Told(Replayed):
+        def __call__(self, step):
+            step()
+
+    monkeypatch.setattr(fused, "Replayed", Told)
+    told = BlockTrainer(config, digits).train(range(3))
+    np.testing.assert_array_equal(replayed.masks, told.masks)
+
+
+def test_memory_does_not_grow_with_the_tasks(small_net, pictures):
+    trainer, kept = BlockTrainer(with_values(small_net, {"train.batches": 6}), pictures), []
+    for _ in range(6):
+        trainer.train(range(5))
+        kept.append(torch.cuda.memory_reserved())
+    assert kept[-1] <= 1.1 * kept[1]
+
+
+@pytest.mark.parametrize("deviation", [1e-38, 1e-39])
+def test_diverging_is_an_error(quick, digits, deviation):
+    data = dataclasses.replace(digits, std=deviation)
+    config = on_gpu(quick, data, **{"train.batches": 2, "train.precision": "fp32"})
+    with pytest.raises(NonFiniteLoss, match="task 4"):
+        BlockTrainer(config, data).train(range(4, 6))
+
+
 def test_a_replayed_step_learns(small_net, pictures):
     trainer = BlockTrainer(with_values(small_net, {"train.batches": 150}), pictures)
     block = trainer.train(range(3))
@@ -181,6 +212,13 @@ def test_masks_are_packed_as_on_the_cpu(quick, digits):
 # --- inference ---------------------------------------------------------------------------------
 
 
+def check_hits(cpu: np.ndarray, gpu: np.ndarray) -> None:
+    """Check that counts are the same, but for few decisions so close that rounding takes them."""
+    np.testing.assert_array_equal(cpu[..., [0, 2]], gpu[..., [0, 2]])
+    hits, others = cpu[..., [1, 3, 4, 5]], gpu[..., [1, 3, 4, 5]]
+    assert np.abs(hits - others).sum() <= 0.01 * hits.sum()
+
+
 METHODS = "h-one-shot,g-one-shot,h-shortlist,h-sketch,h-binary,h-gradient-descent,max-logit"
 
 
@@ -195,9 +233,7 @@ def test_a_bank_is_evaluated_as_on_the_cpu(quick, digits, depth):
         for one in (config, with_values(config, {"train.device": "cuda"}))
     ]
     cpu, gpu = (evaluation.counts for evaluation in evaluations)
-    np.testing.assert_array_equal(cpu[..., [0, 2]], gpu[..., [0, 2]])
-    # A few decisions are so close that rounding takes them.
-    assert np.abs(cpu - gpu).sum() <= 0.005 * cpu.sum()
+    check_hits(cpu, gpu)
     given = [
         Evaluator(one, digits).given(block.masks[:3], range(3))
         for one in (config, with_values(config, {"train.device": "cuda"}))
@@ -214,8 +250,26 @@ def test_batches_share_decisions_as_on_the_cpu(quick, digits):
         Evaluator(one, digits).evaluate(one.eval, block.masks, 8, range(8)).counts
         for one in (config, with_values(config, {"train.device": "cuda"}))
     )
-    np.testing.assert_array_equal(cpu[..., [0, 2]], gpu[..., [0, 2]])
-    assert np.abs(cpu - gpu).sum() <= 0.005 * cpu.sum()
+    check_hits(cpu, gpu)
+
+
+@pytest.mark.parametrize("learner", ["batche", "psp", "heads"])
+def test_a_baseline_learns_and_is_asked_as_on_the_cpu(quick, digits, learner):
+    values = {"learner": learner, "train.batches": 150, "train.engine": "auto", "tasks": 3}
+    values |= {"eval.methods": "h-one-shot,h-shortlist,h-binary,h-all-masks", "eval.images": 20}
+    config = resolve_here(with_values(quick, values), digits)
+    on_device = with_values(config, {"train.device": "cuda"})
+    learners = [make_learner(one, digits) for one in (config, on_device)]
+    found, trunk, own = [], None, []
+    for task in range(3):
+        mine, other = (one.learn(task, trunk, look_back=False) for one in learners)
+        found.append((mine.correct[-1], other.correct[-1]))
+        trunk, own = mine.trunk or trunk, [*own, mine.own]
+    cpu, gpu = np.array(found).T / len(digits.test_labels)
+    assert np.abs(cpu - gpu).max() < 0.05
+    if learner == "batche":
+        asked = [one.evaluate(config.eval, trunk, own, range(3)) for one in learners]
+        check_hits(*(one.evaluation.counts for one in asked))
 
 
 def test_a_conv_net_with_statistics_is_evaluated_as_on_the_cpu(small_net, pictures):
@@ -228,8 +282,7 @@ def test_a_conv_net_with_statistics_is_evaluated_as_on_the_cpu(small_net, pictur
         .counts
         for one in (with_values(config, {"train.device": "cpu"}), config)
     )
-    np.testing.assert_array_equal(cpu[..., [0, 2]], gpu[..., [0, 2]])
-    assert np.abs(cpu - gpu).sum() <= 0.01 * cpu.sum()
+    check_hits(cpu, gpu)
 
 
 # --- the open set, and the platform ------------------------------------------------------------

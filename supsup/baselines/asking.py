@@ -116,8 +116,10 @@ class _Baseline:
     ) -> Answer:
         trunk = self._learner.initial_trunk() if trunk is None else trunk
         classes = self._learner.family.classes
-        engine = RankOneInference(self._config, self._data, classes, trunk, own, settings.depth)
-        evaluator = _RankOneEvaluator(self._config, self._data, engine)
+        evaluator = _RankOneEvaluator(self._config, self._data)
+        evaluator.weights = RankOneInference(
+            self._config, self._data, classes, trunk, own, settings.depth, evaluator.device
+        )
         nothing = np.zeros((len(own), 0), dtype=np.uint8)
         return Answer(evaluation=evaluator.evaluate(settings, nothing, len(own), tasks))
 
@@ -125,12 +127,10 @@ class _Baseline:
 class _RankOneEvaluator(Evaluator):
     """Evaluates the rank-one weights that it is given in the place of masks."""
 
-    def __init__(self, config: RunConfig, data: Dataset, engine: RankOneInference) -> None:
-        super().__init__(config, data)
-        self._given = engine
+    weights: RankOneInference
 
     def _engine(self, *_: Any) -> TaskInference:
-        return cast(TaskInference, self._given)
+        return cast(TaskInference, self.weights)
 
 
 class _Hopfield:

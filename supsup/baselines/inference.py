@@ -11,7 +11,7 @@ Shapes: T tasks, K some of them, Q decisions, N images per decision, P pixels, O
 inputs of a layer, S output neurons.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from supsup.baselines.network import Arrays, Network
 from supsup.config import RunConfig
 from supsup.datasets import Dataset
 from supsup.inference import entropy
-from supsup.packed import by_task
+from supsup.packed import one_by_one
 
 #: Bytes of per-decision weight gradients at once.
 _GRADIENT_BYTES = 256 << 20
@@ -46,6 +46,7 @@ class RankOneInference:
         trunk: Arrays,
         own: Sequence[Arrays],
         depth: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         """Stack the factors.
 
@@ -56,34 +57,38 @@ class RankOneInference:
             trunk: the shared weights.
             own: what each of the tasks has of its own.
             depth: layers, from the first on, whose α the gradient is taken of; 0: all (paper).
+            device: where images are; None: the CPU.
         """
-        self._depth = depth
+        self._depth, self.device = depth, device or torch.device("cpu")
         self._plain = Network(config, data, "plain")
         self._shape, self.classes = data.shape, classes
-        self._trunk = {name: torch.tensor(array) for name, array in trunk.items()}
+        self._trunk = {
+            name: torch.tensor(array, device=self.device) for name, array in trunk.items()
+        }
         names = own[0] if own else ()
         self._own = {
-            name: torch.stack([torch.tensor(arrays[name]) for arrays in own]) for name in names
+            name: torch.stack([torch.tensor(arrays[name]) for arrays in own]).to(self.device)
+            for name in names
         }
         self.masks: Sequence[int] = range(len(own))
         """The tasks: what supsup.inference counts."""
 
     def alpha_gradients(self, images_QNP: Tensor, objective: str) -> Tensor:
         """Return ``∂objective/∂α`` at ``α = 1/k`` [Q, T], the objective's mean over N images."""
-        alpha_K = torch.full((len(self.masks),), 1 / len(self.masks))
-        return self._gradients(images_QNP, objective, torch.arange(len(self.masks)), alpha_K)
+        all_K = torch.arange(len(self.masks), device=self.device)
+        return self._gradients(images_QNP, objective, all_K, self._uniform(len(self.masks)))
 
     def gradient_at(
         self, images_NP: Tensor, objective: str, tasks_K: Tensor, alpha_K: Tensor | None = None
     ) -> Tensor:
         """Return ``∂objective/∂α`` [K] of some tasks, at α or ``1/K``, the others' α being zero."""
         if alpha_K is None:
-            alpha_K = torch.full((len(tasks_K),), 1 / len(tasks_K))
+            alpha_K = self._uniform(len(tasks_K))
         return self._gradients(images_NP[None], objective, tasks_K, alpha_K)[0]
 
     def logits(self, task: int, images: Tensor) -> Tensor:
         """Return the output [..., S] of one task's network for images [..., P]."""
-        tensors = self._superposed(torch.tensor([task]), torch.ones(1))
+        tensors = self._superposed(torch.tensor([task], device=self.device), self._uniform(1))
         with torch.no_grad():
             flat = images.reshape(-1, images.shape[-1])
             logits = self._plain.logits(tensors, flat, training=False)
@@ -91,11 +96,20 @@ class RankOneInference:
 
     def predict(self, tasks_Q: Tensor, images_QNP: Tensor) -> Tensor:
         """Return the class [Q, N] that each decision's images have as its task."""
-        classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64)
-        for task, (chosen,) in by_task(tasks_Q):
-            logits = self.logits(task, images_QNP[chosen])
+        classes_QN = torch.empty(images_QNP.shape[:2], dtype=torch.int64, device=self.device)
+        rows_Q = torch.arange(len(tasks_Q), device=self.device)
+        for chosen, logits in self.runs(tasks_Q, rows_Q, images_QNP):
             classes_QN[chosen] = logits[..., : self.classes].argmax(-1)
         return classes_QN
+
+    def runs(
+        self, tasks_X: Tensor, rows_X: Tensor, images_QNP: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run tasks' networks on decisions' images: see ``PackedMasks.runs``."""
+        return one_by_one(self.logits, tasks_X, rows_X, images_QNP)
+
+    def _uniform(self, tasks: int) -> Tensor:
+        return torch.full((tasks,), 1 / tasks, device=self.device)
 
     def _gradients(
         self, images_QNP: Tensor, objective: str, tasks_K: Tensor, alpha_K: Tensor

@@ -24,6 +24,7 @@ from supsup.baselines.rules import RULES
 from supsup.config import RunConfig
 from supsup.datasets import Dataset, Images
 from supsup.errors import NonFiniteLoss
+from supsup.gpu import repeatable
 from supsup.material import TEST_CHUNK, as_tensor, batch_indices, learning_rate
 from supsup.tasks import Labelled, task_family
 
@@ -84,6 +85,10 @@ class BaselineLearner:
         Raises:
             NonFiniteLoss: if the loss is not finite at the end.
         """
+        with repeatable():
+            return self._learned(task, trunk, look_back)
+
+    def _learned(self, task: int, trunk: Arrays | None, look_back: bool) -> Learned:
         started = time.perf_counter()
         trunk = self.initial_trunk() if trunk is None else trunk
         own = self._initial_own(task)
