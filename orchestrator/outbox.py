@@ -21,6 +21,8 @@ from supsup.errors import one_line
 from supsup.files import write_atomically
 
 RECORDS = "records.jsonl"
+#: The status recorded by who lets an MLflow run go that another has taken over, and ends.
+ELSEWHERE = "ELSEWHERE"
 #: Seconds after which it is noted how far a delivery got.
 _NOTE_SECONDS = 1.0
 
@@ -160,7 +162,7 @@ class Outbox:
         write_atomically(self._position, json.dumps({"position": position}).encode())
 
     def last_status(self) -> str:
-        """Return the status that the MLflow run was last given; empty if none."""
+        """Return the status that the MLflow run was last given, or ELSEWHERE; empty if none."""
         statuses = [r["status"] for r in self._read(0) if r["kind"] == "status"]
         return str(statuses[-1]) if statuses else ""
 
@@ -198,9 +200,12 @@ def deliver(outbox: Outbox, sink: Sink, moved: Callable[[], None] = lambda: None
         Exception: whatever the sink raises; what was delivered before is remembered.
     """
     delivered, reached, noted = 0, None, time.monotonic()
+    # Then its state is what the other says, also where these records come late.
+    let_go = outbox.last_status() == ELSEWHERE
     try:
         for record, position in outbox.pending():
-            sink.apply(record, outbox.folder)
+            if not (let_go and record["kind"] == "status"):
+                sink.apply(record, outbox.folder)
             delivered, reached = delivered + 1, position
             moved()
             if time.monotonic() - noted > _NOTE_SECONDS:

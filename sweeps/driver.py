@@ -299,6 +299,8 @@ class SweepJobs:
         if tracker is not None and self._study.holds(trial.number):
             tags = {"state": state, "reason": reason} if reason else {"state": state}
             tracker.close("FAILED" if state == "failed" else "FINISHED", tags)
+        elif tracker is not None:
+            tracker.leave()
         reached = ""
         if not self._study.finish(trial.number, state, curve, values or (), reason):
             state, reason = "elsewhere", "another driver took it over, and ends it"

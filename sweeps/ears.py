@@ -19,6 +19,9 @@ class Tracks(Protocol):
     def close(self, status: str, tags: Mapping[str, str]) -> None:
         """Record the end."""
 
+    def leave(self) -> None:
+        """Record that the end is another driver's."""
+
 
 class Progress(Protocol):
     """Where a sweep tells how far it is."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.outbox import Address, Outbox, cannot_reach, deliver
+from orchestrator.outbox import ELSEWHERE, Address, Outbox, cannot_reach, deliver
 from orchestrator.tracking import MlflowSink, Store, wait_for
 
 _RETRY_SECONDS = 20.0
@@ -49,6 +49,12 @@ class TrialTracker:
         self.outbox.extend(
             {"kind": "tags", "values": dict(tags)}, {"kind": "status", "status": status}
         )
+        self.closed = True
+        self._wake.set()
+
+    def leave(self) -> None:
+        """Record that another driver has the trial now, and ends its MLflow run."""
+        self.outbox.append("status", status=ELSEWHERE)
         self.closed = True
         self._wake.set()
 

@@ -76,6 +76,9 @@ class Notes:
     def close(self, status, tags):
         self.states.append(status)
 
+    def leave(self):
+        self.states.append("left")
+
 
 class Plain:
     """Prepares trials for a worker in this process."""
@@ -262,7 +265,7 @@ def test_a_trial_that_another_driver_took_is_let_go_with_a_note(plain, quick, mo
     loop(jobs)
     assert [record.state for record in study.records()] == ["running", "done"]
     assert "seed 0) elsewhere: another driver took it over" in notes.lines[-2]
-    assert notes.states == ["began", "elsewhere", "began", "FINISHED", "done"]
+    assert notes.states == ["began", "left", "elsewhere", "began", "FINISHED", "done"]
 
 
 def test_the_driver_signs_while_its_workers_work(plain, quick):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from orchestrator import sync as syncing
-from orchestrator.outbox import Address, Outbox
+from orchestrator.outbox import ELSEWHERE, Address, Outbox
 from orchestrator.sync import sync
 from orchestrator.tracking import EXPERIMENT
 from supsup.bank import locked
@@ -177,3 +177,25 @@ with locked(folder):
     assert run.info.status == "KILLED"
     history = client.get_metric_history(run.info.run_id, "gg/accuracy")
     assert [(point.step, point.value) for point in history] == [(10, 0.9)]
+
+
+@pytest.mark.parametrize("order", [("mine", "other"), ("other", "mine")])
+def test_a_run_that_another_driver_ends_is_left_as_it_is(tmp_path, order):
+    """Two drivers of a sweep have an outbox each for the same MLflow run."""
+    import mlflow
+
+    for name, end in (("other", "FINISHED"), ("mine", ELSEWHERE)):
+        (tmp_path / name).mkdir()
+        outbox = Outbox(tmp_path / name)
+        outbox.send_to(Address(name="trial", identity="id-trial", tracking_uri=None))
+        outbox.append("status", status="RUNNING")
+        outbox.append("tags", values={f"of {name}": "yes"})
+        outbox.append("status", status=end)
+    for name in order:
+        list(sync(tmp_path, (name,)))
+    assert list(sync(tmp_path, ())) == []
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert {"of mine", "of other"} <= set(run.data.tags)
