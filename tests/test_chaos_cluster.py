@@ -42,7 +42,8 @@ def words_of(cluster, tasks):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_lost_node_is_survived_and_an_added_one_is_used(nodes, tmp_path, figures):
-    words = words_of(nodes, 40)
+    # Many, for a new node is at work within half a minute where little else runs.
+    words = words_of(nodes, 120)
     command = Command(tmp_path / "runs", "nodes", words, tmp_path / "log")
     wait_until(lambda: command.blocks() >= 3 or command.status is not None, 900)
     assert command.status is None, command.said()
