@@ -61,6 +61,7 @@ def postgres(free_port):
 @pytest.mark.timeout(2000)
 def test_a_restart_of_postgresql_stops_no_sweep(postgres, tmp_path, figures):
     from optuna import load_study
+    from optuna.storages import RDBStorage
     from optuna.trial import TrialState
 
     (tmp_path / "grid.toml").write_text(GRID)
@@ -86,8 +87,11 @@ def test_a_restart_of_postgresql_stops_no_sweep(postgres, tmp_path, figures):
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said
     assert "8 done; 32 tasks trained now" in said
-    study = load_study(study_name=None, storage=postgres.url)
+    storage = RDBStorage(postgres.url)
+    study = load_study(study_name=None, storage=storage)
     states = [trial.state for trial in study.get_trials()]
+    storage.remove_session()
+    storage.engine.dispose()
     assert states == [TrialState.COMPLETE] * 8
     figures(f"{restarts} immediate restarts of PostgreSQL: 8 of 8 trials done, 0 lost, 0 RUNNING")
 
