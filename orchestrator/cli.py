@@ -218,7 +218,14 @@ def bank_verify(name: str, runs_dir: str) -> None:
             again = "a mask of an open-set run can't be trained again alone"
         click.echo(f"the other tasks are readable; {again}")
         sys.exit(1)
-    learned = learned_prefix(tasks for tasks, _ in opened.blocks())
+    blocks = [tasks for tasks, _ in opened.blocks()]
+    learned = learned_prefix(blocks)
+    behind = [tasks.start for tasks in blocks if tasks.start > learned]
+    if behind:
+        click.echo(
+            f"tasks {learned} to {min(behind) - 1} are missing, though later ones are there: "
+            f"{_again('resume', name, runs_dir)}"
+        )
     if learned:
         click.echo(f"{learned} tasks, SHA-256 of their masks {opened.sha256(learned)}")
     else:

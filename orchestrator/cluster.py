@@ -152,6 +152,11 @@ def _cluster(
     if device != "auto":
         machine = dataclasses.replace(machine, device=device)
     capacity = gpus if machine.device == "cuda" else cores // THREADS
+    if not gpus and machine.device == "cuda" and not (workers or elastic):
+        raise UserError(
+            "train.device is cuda, but there is no GPU that torch can use; set it to auto, or give "
+            "--address"
+        )
     if capacity < (workers or 1) and not elastic:
         unit = "GPUs" if machine.device == "cuda" else "cores"
         raise UserError(

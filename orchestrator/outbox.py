@@ -175,9 +175,13 @@ class Outbox:
     def _content(self, start: int) -> bytes:
         if not self._size:
             return b""
-        with self._records.open("rb") as file:
-            file.seek(start)
-            return file.read(self._size - start)
+        try:
+            with self._records.open("rb") as file:
+                file.seek(start)
+                return file.read(self._size - start)
+        except FileNotFoundError:
+            # Somebody removed it, and what else there is to say of that others say.
+            return b""
 
     def _read(self, start: int) -> list[dict[str, Any]]:
         with self._lock:

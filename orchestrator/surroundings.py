@@ -20,6 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from orchestrator.finding import Finding, Level
 from orchestrator.runfolder import check_runs_dir
+from orchestrator.schema import half_made
 from orchestrator.tracking import store_for
 from supsup.errors import UserError, one_line, redacted
 
@@ -163,10 +164,10 @@ def mlflow_store(tracking_uri: str | None, runs_dir: Path) -> list[Finding]:
     path = Path(store.uri.removeprefix("sqlite:///"))
     if not path.exists():
         return [Finding("ok", "MLflow", f"{path}: none yet, the first run makes it")]
+    if half_made(path):
+        return [Finding("ok", "MLflow", f"{path}: was left half made, the next run makes it anew")]
     try:
         with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_SECONDS) as database:
-            if database.execute("select 1 from sqlite_master").fetchone() is None:
-                return [Finding("ok", "MLflow", f"{path}: empty, the first run fills it")]
             found = database.execute("select version_num from alembic_version").fetchone()
     except sqlite3.Error as error:
         remedy = "it is no store of MLflow, or it is damaged: move it away"
@@ -175,7 +176,8 @@ def mlflow_store(tracking_uri: str | None, runs_dir: Path) -> list[Finding]:
 
     if found != (_get_latest_schema_revision(),):  # type: ignore[no-untyped-call]
         remedy = f"back it up, then: mlflow db upgrade {store.uri}"
-        return [Finding("fail", "MLflow", f"{path}: of another MLflow ({found})", remedy)]
+        version = found[0] if found else "none"
+        return [Finding("fail", "MLflow", f"{path}: of another MLflow ({version})", remedy)]
     if path.stat().st_mode & 0o077:
         return [Finding("warn", "MLflow", f"{path}: others may read it", f"chmod 600 {path}")]
     return [Finding("ok", "MLflow", f"{path}, schema of this version")]

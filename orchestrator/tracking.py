@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.outbox import RECORDS, Address, Outbox, cannot_reach, deliver
+from orchestrator.schema import make_whole
 from supsup.errors import ConfigError, one_line, shown
 
 EXPERIMENT = "supsup"
@@ -114,6 +115,7 @@ def experiment_id(store: Store) -> str:
     """Return the id of this platform's experiment in a store, created at first."""
     import mlflow
 
+    make_whole(store.uri)
     client = mlflow.MlflowClient(tracking_uri=store.uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
@@ -299,8 +301,8 @@ class MlflowSink:
             os.environ.setdefault(name, value)
         import mlflow
 
-        client = mlflow.MlflowClient(tracking_uri=self._store.uri)
         experiment = experiment_id(self._store)
+        client = mlflow.MlflowClient(tracking_uri=self._store.uri)
         found = client.search_runs(
             [experiment], f"tags.`{IDENTITY_TAG}` = '{self.identity}'", max_results=1
         )

@@ -123,7 +123,9 @@ def parse_manifest(file: Path, text: bytes) -> Manifest:
         stored = body.pop("sha256")
         version = body["format_version"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BankError(f"{file} is damaged: it is no manifest") from None
+        raise BankError(
+            f"{file} is damaged: it is no manifest; remove it, and supsup resume writes it again"
+        ) from None
     if version != FORMAT_VERSION:
         raise BankError(
             f"{file} has format version {version}, this supsup reads {FORMAT_VERSION}; "

@@ -32,7 +32,7 @@ _concurrency = click.option(
     help="trials at the same time, at most  [the workers, and one]",
 )
 _quick = click.option(
-    "--quick", is_flag=True, help="a preset's small variant: permuted digits, a minute or so"
+    "--quick", is_flag=True, help="a preset's small variant: on 8x8 digits, a minute or so"
 )
 
 

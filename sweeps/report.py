@@ -299,12 +299,11 @@ def _search_pictures(spec: SweepSpec, study: optuna.Study) -> Mapping[str, bytes
     search = spec.search
     if search is None:
         return {}
-    first: dict[str, Any] = {"target_name": search.objectives[0]}
-    if len(search.objectives) > 1:
-        first["target"] = lambda trial: trial.values[0]
+    name_of: dict[str, Any] = {"target_name": search.objectives[0]}
+    first = _by_first_objective(search.objectives, study)
     wanted: dict[str, Callable[[], Any]] = {
-        "parallel-coordinates.png": lambda: plots.plot_parallel_coordinate(study, **first),
-        "importance.png": lambda: plots.plot_param_importances(study, **first),
+        "parallel-coordinates.png": lambda: plots.plot_parallel_coordinate(first, **name_of),
+        "importance.png": lambda: plots.plot_param_importances(first, **name_of),
     }
     if len(search.objectives) in (2, 3):
         names: list[str] = list(search.objectives)
@@ -324,6 +323,21 @@ def _search_pictures(spec: SweepSpec, study: optuna.Study) -> Mapping[str, bytes
             pictures[name] = as_png(figure, whole=True)
             pyplot.close(figure)
     return pictures
+
+
+def _by_first_objective(objectives: Sequence[str], study: optuna.Study) -> optuna.Study:
+    """Return a study of one objective: of several, Optuna takes the lowest for the best."""
+    if len(objectives) == 1:
+        return study
+    maximize = OBJECTIVES[objectives[0]] == "maximize"
+    first = optuna.create_study(direction="maximize" if maximize else "minimize")
+    for trial in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+        first.add_trial(
+            optuna.trial.create_trial(
+                params=trial.params, distributions=trial.distributions, value=trial.values[0]
+            )
+        )
+    return first
 
 
 def parent_metrics(spec: SweepSpec, records: Sequence[Record]) -> dict[str, float]:
