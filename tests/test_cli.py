@@ -151,6 +151,16 @@ def test_evaluating_damaged_tasks_is_refused_and_moves_nothing(supsup, kept_run,
     assert files(tmp_path) == before
 
 
+def test_a_hole_in_a_bank_is_named(supsup, kept_run, tmp_path):
+    blocks = sorted((tmp_path / "runs" / kept_run / "blocks").iterdir())
+    assert len(blocks) > 2
+    blocks[1].unlink()
+    status, out, _ = supsup("bank", "verify", kept_run)
+    assert status == 0
+    assert "tasks 3 to 5 are missing, though later ones are there: supsup resume kept" in out
+    assert "3 tasks, SHA-256 of their masks" in out
+
+
 def test_a_finished_run_is_shown_without_starting_ray(supsup, kept_run, monkeypatch):
     import ray
 

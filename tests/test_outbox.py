@@ -32,6 +32,13 @@ def filled(folder, count=5):
     return outbox
 
 
+def test_an_outbox_that_was_removed_holds_nothing(tmp_path):
+    outbox = filled(tmp_path)
+    (tmp_path / "records.jsonl").unlink()
+    assert outbox.pending() == []
+    assert outbox.last_status() == ""
+
+
 def test_a_torn_line_is_dropped(tmp_path):
     filled(tmp_path, 1)
     with (tmp_path / "records.jsonl").open("ab") as file:
