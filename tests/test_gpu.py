@@ -23,7 +23,10 @@ from supsup.train import BlockTrainer, TrainedBlock, resolve_here
 from tests.obvious import check_steps, noise
 from tests.streaming import Recorder
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 
 AUTO = {"train.precision": "auto", "train.engine": "auto", "block_size": 0}
 
