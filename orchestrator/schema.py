@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from filelock import FileLock
@@ -9,13 +10,15 @@ from filelock import FileLock
 from supsup.files import sync_folder
 
 _SQLITE = "sqlite:///"
+#: Tables of MLflow's that have rows as soon as it is of use.
+_MLFLOWS = {"experiments", "runs"}
 
 
 def make_whole(uri: str) -> None:
     """Make the store of an address, if it is a SQLite file that isn't there, or was half made.
 
-    The file comes to its name when it is complete; one that an earlier version left half made,
-    which holds nothing, is moved aside.
+    The file comes to its name when it is complete; one that was left half made, which holds
+    nothing, is moved aside.
     """
     if not uri.startswith(_SQLITE):
         return
@@ -36,18 +39,24 @@ def make_whole(uri: str) -> None:
 
 
 def half_made(path: Path) -> bool:
-    """Say whether a SQLite file is MLflow's, and was left before the first experiment was in it."""
+    """Say whether a SQLite file was left before anything was in it: by MLflow, or by nobody.
+
+    What holds rows of another program's, such as a study's, is not.
+    """
     try:
-        with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as database:
-            tables = {name for (name,) in database.execute("select name from sqlite_master")}
-            if not tables:
-                return True
-            if "experiments" not in tables:
-                # Alembic's table, and those of a migration under way, may be there alone.
-                return "alembic_version" in tables
-            return database.execute("select 1 from experiments").fetchone() is None
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            named = database.execute("select name from sqlite_master where type = 'table'")
+            tables = {name for (name,) in named if not name.startswith("sqlite_")}
+            filled = {name for name in tables - {"alembic_version"} if _has_rows(database, name)}
     except sqlite3.Error:
         return False
+    # Some of MLflow's migrations fill tables of theirs.
+    return not filled or (tables >= _MLFLOWS and not filled & _MLFLOWS)
+
+
+def _has_rows(database: sqlite3.Connection, table: str) -> bool:
+    quoted = table.replace('"', '""')
+    return database.execute(f'select 1 from "{quoted}" limit 1').fetchone() is not None
 
 
 def _fill(path: Path) -> None:

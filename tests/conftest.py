@@ -9,13 +9,18 @@ os.environ |= {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
+import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported, by torch.compile too: its interpreter runs the GPU's kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import socket
 import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-import torch
 
 from orchestrator.cluster import Cluster, connect
 from supsup.bank import Bank
@@ -26,10 +31,6 @@ from supsup.manifest import make_manifest
 from supsup.streams import Stream
 from supsup.train import BlockTrainer, TrainedBlock
 from tests.streaming import Recorder
-
-if not torch.cuda.is_available():
-    # Before Triton is imported, by torch.compile too: its interpreter runs the GPU's kernels.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,6 +68,13 @@ def small_net(quick, pictures):
     return on_gpu(quick, pictures, **values)
 
 
+class Told(Replayed):
+    """Repeats nothing: every kernel is told anew."""
+
+    def __call__(self, step):
+        step()
+
+
 # --- training ----------------------------------------------------------------------------------
 
 
@@ -125,10 +132,6 @@ def test_the_general_engine_gives_a_task_the_same_mask_in_any_company(
 def test_a_replayed_step_is_the_step(small_net, pictures, monkeypatch):
     replayed = BlockTrainer(small_net, pictures).train(range(2))
 
-    class Told(Replayed):
-        def __call__(self, step):
-            step()
-
     monkeypatch.setattr(general, "Replayed", Told)
     told = BlockTrainer(small_net, pictures).train(range(2))
     np.testing.assert_array_equal(replayed.masks, told.masks)
@@ -139,10 +142,6 @@ def test_a_replayed_step_is_the_step(small_net, pictures, monkeypatch):
 def test_replayed_kernels_are_the_kernels(quick, digits, monkeypatch):
     config = on_gpu(quick, digits, **{"train.batches": 30})
     replayed = BlockTrainer(config, digits).train(range(3))
-
-    class Told(Replayed):
-        def __call__(self, step):
-            step()
 
     monkeypatch.setattr(fused, "Replayed", Told)
     told = BlockTrainer(config, digits).train(range(3))

@@ -5,7 +5,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
+import optuna
 import pytest
 
 from orchestrator.schema import half_made, make_whole
@@ -52,6 +54,31 @@ def test_a_store_with_something_in_it_and_what_is_none_are_left_alone(tmp_path):
     make_whole(local_store(tmp_path).uri)
     assert path.read_bytes() == b"no database" * 100
     make_whole("http://127.0.0.1:5000")
+
+
+def test_a_study_is_never_moved_aside(tmp_path):
+    """Optuna's schema has a version of alembic's, too, and no experiments."""
+    path = tmp_path / "mlflow.db"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    optuna.create_study(study_name="mine", storage=storage)
+    storage.remove_session()
+    storage.engine.dispose()
+    assert not half_made(path)
+    make_whole(f"sqlite:///{path}")
+    assert path.exists()
+    assert not list(tmp_path.glob("*half-made*"))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_what_mlflow_left_is_half_made_until_it_has_experiments(tmp_path, rows):
+    path = tmp_path / "mlflow.db"
+    tables = "; ".join(f"create table {name} (id integer)" for name in ("experiments", "runs"))
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(f"{tables}; create table workspaces (name text)")
+        database.execute("insert into workspaces values ('default')")
+        database.executemany("insert into experiments values (?)", [(0,)] * rows)
+        database.commit()
+    assert half_made(path) == (not rows)
 
 
 def test_two_first_commands_make_one_store_and_a_kill_none(tmp_path):
