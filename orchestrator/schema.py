@@ -51,7 +51,9 @@ def half_made(path: Path) -> bool:
     except sqlite3.Error:
         return False
     # Some of MLflow's migrations fill tables of theirs.
-    return not filled or (tables >= _MLFLOWS and not filled & _MLFLOWS)
+    if tables >= _MLFLOWS:
+        return not filled & _MLFLOWS
+    return not filled and (not tables or "alembic_version" in tables)
 
 
 def _has_rows(database: sqlite3.Connection, table: str) -> bool:
